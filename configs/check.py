@@ -1,0 +1,365 @@
+"""What the types can't say: fields that must agree, settings without effect, the layout, and what a resumed run keeps.
+
+One small function a rule, each yielding its problems; a rule that can't be judged because a value is out of range keeps
+silent, since that value is already reported (ranges.py). `check` needs no machine, `resolve` needs the number of ranks,
+and only `missing_files` looks at the disk: a run can be planned where its data is not. Only `resolve` fills values in.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError, problem
+from configs.fields import as_list, as_table, default_of, listed, plain
+from configs.load import toml_value
+from configs.ranges import out_of_range
+from configs.schema import Config, ModelConfig
+
+BUILT_IN_SOURCES = ("python-stdlib",)
+
+
+def check(config: Config) -> list[str]:
+    """List everything that is wrong with a config on any number of ranks."""
+    return [text for rule in _RULES for text in rule(config)]
+
+
+def resolve(config: Config, world_size: int) -> Config:
+    """Fill in what is derived for `world_size` ranks: num_kv_heads, head_dim, dp_shard, micro_batch_size.
+
+    Resolving again changes nothing. Raises ConfigError with every problem of the config and of its layout.
+    """
+    assert world_size >= 1, f"world_size = {world_size}: a run has at least one rank"
+    problems = check(config)
+    problems += [text for rule in _LAYOUT_RULES for text in rule(config, world_size)]
+    if problems:
+        raise ConfigError(problems)
+    model, parallel, data = config.model, config.parallel, config.data
+    num_kv_heads = model.num_kv_heads or model.num_heads
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, num_kv_heads=num_kv_heads, head_dim=_head_dim(model)),
+        parallel=dataclasses.replace(parallel, dp_shard=world_size // parallel.dp_replicate),
+        data=dataclasses.replace(data, micro_batch_size=data.micro_batch_size or data.global_batch_size // world_size),
+    )
+
+
+def missing_files(config: Config) -> list[str]:
+    """List the files and folders that the config names and the disk lacks."""
+    problems: list[str] = []
+    start = config.model.init_from
+    if start and not (Path(start) / "config.json").is_file():
+        do = "Give a folder with config.json and *.safetensors."
+        problems.append(problem("model.init_from", start, "no Hugging Face model there", do=do))
+    for index, store in enumerate(config.data.stores):
+        key = f"data.stores.{index}"
+        if Path(store.path).exists():
+            continue
+        if not store.sources:
+            do = f"Make it with tools/prepare.py, or set {key}.sources and a tokenizer."
+            problems.append(problem(f"{key}.path", store.path, "no such token store", do=do))
+        problems += [
+            problem(f"{key}.sources", source, "no such file or folder")
+            for source in store.sources
+            if source not in BUILT_IN_SOURCES and not Path(source).exists()
+        ]
+        if store.tokenizer and not Path(store.tokenizer).is_file():
+            problems.append(problem(f"{key}.tokenizer", store.tokenizer, "no such file"))
+    return problems
+
+
+# ---- fields that must agree
+
+
+def _run_folder(config: Config) -> Iterator[str]:
+    name = config.run.name
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        expected = "must be letters, digits, '.', '_' and '-', and not begin with '.' or '-'"
+        yield problem(f"run.name = {name!r}", "", expected, "it names one folder below run.dir")
+    if not config.run.dir:
+        yield problem("run.dir = ''", "", "must name a folder", do="Use runs, or '.' for this folder.")
+
+
+def _head_dim(model: ModelConfig) -> int:
+    return model.head_dim or model.dim // max(model.num_heads, 1)
+
+
+_PAIRS = "rotary positions turn pairs of numbers"
+
+
+def _heads(config: Config) -> Iterator[str]:
+    model = config.model
+    if min(model.dim, model.num_heads) < 1 or min(model.head_dim, model.num_kv_heads) < 0:
+        return
+    if not model.head_dim and model.dim % model.num_heads:
+        do = f"Use {choices(divisors(model.dim), model.num_heads)} heads, or set model.head_dim."
+        yield problem("model.num_heads", model.num_heads, f"must divide model.dim = {model.dim}", do=do)
+    elif model.head_dim % 2:
+        do = f"Use {model.head_dim - 1} or {model.head_dim + 1}." if model.head_dim > 1 else "Use 2."
+        yield problem("model.head_dim", model.head_dim, "must be even", _PAIRS, do)
+    elif _head_dim(model) % 2:
+        even = [heads for heads in divisors(model.dim) if model.dim // heads % 2 == 0]
+        do = f"Use {choices(even, model.num_heads)} heads, or set model.head_dim." if even else "Set model.head_dim."
+        yield problem(f"model.head_dim = {model.dim} / {model.num_heads}", "", "must be even", _PAIRS, do)
+    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        do = f"Use {choices(divisors(model.num_heads), model.num_kv_heads)}."
+        why = "each key-value head serves as many query heads"
+        expected = f"must divide model.num_heads = {model.num_heads}"
+        yield problem("model.num_kv_heads", model.num_kv_heads, expected, why, do)
+
+
+def _rope_scaling(config: Config) -> Iterator[str]:
+    scaling = config.model.rope_scaling
+    if scaling is not None and 0 < scaling.high_freq_factor <= scaling.low_freq_factor:
+        expected = f"must be more than low_freq_factor = {scaling.low_freq_factor}"
+        why = "frequencies between the two are blended"
+        yield problem("model.rope_scaling.high_freq_factor", scaling.high_freq_factor, expected, why)
+
+
+def _sequence(config: Config) -> Iterator[str]:
+    seq_len, longest = config.data.seq_len, config.model.max_seq_len
+    if seq_len > longest >= 1:
+        do = f"Use data.seq_len {longest} or less, or raise model.max_seq_len."
+        yield problem("data.seq_len", seq_len, f"must be at most model.max_seq_len = {longest}", do=do)
+
+
+def _stores(config: Config) -> Iterator[str]:
+    stores = config.data.stores
+    if not stores:
+        do = """Write [[data.stores]] with a path, or --data.stores '[{path = "data/mine"}]'."""
+        yield problem("data.stores", "", "must list at least one token store", do=do)
+    seen: dict[str, int] = {}
+    for index, store in enumerate(stores):
+        key = f"data.stores.{index}.path"
+        if not store.path:
+            yield problem(f"{key} = ''", "", "must name a folder")
+            continue
+        first = seen.setdefault(os.path.normpath(store.path), index)
+        if first != index:
+            do = "Give one of them, with the sum of the weights."
+            yield problem(key, store.path, f"must differ from data.stores.{first}.path", do=do)
+
+
+def _store_sources(config: Config) -> Iterator[str]:
+    for index, store in enumerate(config.data.stores):
+        key = f"data.stores.{index}"
+        if store.tokenizer and store.train_tokenizer > 0:
+            yield problem(
+                f"{key}.train_tokenizer", store.train_tokenizer, "excludes tokenizer", do="Keep one of the two."
+            )
+        if store.sources and not store.tokenizer and store.train_tokenizer == 0:
+            do = f"Set {key}.tokenizer, or {key}.train_tokenizer = {config.model.vocab_size}."
+            yield problem(f"{key}.sources", "", "need a tokenizer to be prepared with", do=do)
+        if "" in store.sources:
+            yield problem(f"{key}.sources", "", "must not hold an empty name")
+        for name in ("tokenizer", "train_tokenizer", "max_bytes"):
+            if getattr(store, name) and not store.sources:
+                do = f"Set {key}.sources, or remove it."
+                yield problem(f"{key}.{name}", getattr(store, name), "has no effect without sources", do=do)
+        if store.train_tokenizer > config.model.vocab_size >= 2:
+            expected = f"must be at most model.vocab_size = {config.model.vocab_size}"
+            why = "every token needs a row of the embedding"
+            yield problem(f"{key}.train_tokenizer", store.train_tokenizer, expected, why)
+
+
+def _one_tokenizer(config: Config) -> Iterator[str]:
+    trained = [index for index, store in enumerate(config.data.stores) if store.train_tokenizer > 0]
+    for index in trained[1:]:
+        key = f"data.stores.{index}.train_tokenizer"
+        do = f"Prepare data.stores.{trained[0]} first and give its tokenizer to the others."
+        got = config.data.stores[index].train_tokenizer
+        yield problem(key, got, "must be set for one store only", "all stores of a mix share one tokenizer", do)
+
+
+def _documents(config: Config) -> Iterator[str]:
+    if config.data.document_positions and not config.data.document_mask:
+        why = "without it attention crosses documents, and keys of an earlier one would stand at later positions"
+        yield problem("data.document_positions = true", "", "needs data.document_mask = true", why)
+
+
+def _lr_schedule(config: Config) -> Iterator[str]:
+    lr, steps = config.lr, config.run.steps
+    if steps >= 1 and lr.warmup_steps >= steps:
+        why = "the learning rate would never reach optim.lr"
+        do = f"Use 0 to {steps - 1}." if steps > 1 else "Use 0."
+        yield problem("lr.warmup_steps", lr.warmup_steps, f"must be less than run.steps = {steps}", why, do)
+    elif lr.schedule == "wsd" and steps >= 1 and lr.warmup_steps + lr.decay_steps > steps:
+        most = steps - lr.warmup_steps
+        expected = f"must be at most {most}: run.steps = {steps} less lr.warmup_steps = {lr.warmup_steps}"
+        yield problem("lr.decay_steps", lr.decay_steps, expected)
+    if lr.schedule == "wsd" and lr.decay_steps == 0:
+        do = f"Use about a tenth of run.steps = {steps}, or lr.schedule = 'constant'."
+        yield problem("lr.decay_steps", lr.decay_steps, "must be at least 1 under lr.schedule = 'wsd'", do=do)
+    if lr.schedule != "wsd" and lr.decay_steps > 0:
+        expected = f"has no effect under lr.schedule = {lr.schedule!r}"
+        yield problem("lr.decay_steps", lr.decay_steps, expected, do="Use lr.schedule = 'wsd', or remove it.")
+    if lr.schedule == "constant" and lr.min_ratio != _default(lr, "min_ratio"):
+        do = "Choose another schedule, or remove it."
+        yield problem("lr.min_ratio", lr.min_ratio, "has no effect under lr.schedule = 'constant'", do=do)
+
+
+def _default(section: Any, name: str) -> Any:
+    return next(default_of(part) for part in dataclasses.fields(section) if part.name == name)
+
+
+def _precision(config: Config) -> Iterator[str]:
+    if config.precision.compute == "fp64" and config.precision.master != "fp64":
+        why = "the weights would lose in the optimizer what the passes computed"
+        expected = "needs precision.master = 'fp64'"
+        yield problem("precision.compute", "fp64", expected, why)
+
+
+def _keeping(config: Config) -> Iterator[str]:
+    every, keep = config.checkpoint.every_steps, config.checkpoint.keep_every
+    if every == 0 and keep > 0:
+        expected = "has no effect while checkpoint.every_steps = 0"
+        yield problem("checkpoint.keep_every", keep, expected, do="Set checkpoint.every_steps, or remove it.")
+    elif every > 0 and keep > 0 and keep % every:
+        below = keep - keep % every
+        do = f"Use {listed([one for one in (below, below + every) if one], 'or')}."
+        why = "no checkpoint is made at the steps between"
+        expected = f"must be a multiple of checkpoint.every_steps = {every}"
+        yield problem("checkpoint.keep_every", keep, expected, why, do)
+
+
+_RULES = (
+    out_of_range,
+    _run_folder,
+    _heads,
+    _rope_scaling,
+    _sequence,
+    _stores,
+    _store_sources,
+    _one_tokenizer,
+    _documents,
+    _lr_schedule,
+    _precision,
+    _keeping,
+)
+
+
+# ---- the layout
+
+
+def _degrees(config: Config, world_size: int) -> Iterator[str]:
+    replicate, shard = config.parallel.dp_replicate, config.parallel.dp_shard
+    if replicate < 1 or shard < -1:
+        return
+    if shard == 0:
+        do = "Use -1 for the rest of the ranks."
+        yield problem("parallel.dp_shard", 0, "must be -1 or at least 1", do=do)
+    elif world_size % replicate:
+        why = "replicas are of one size"
+        do = f"Use {choices(divisors(world_size), replicate)}."
+        yield problem("parallel.dp_replicate", replicate, f"must divide the {_ranks(world_size)}", why, do)
+    elif shard > 0 and replicate * shard != world_size:
+        expected = f"times parallel.dp_replicate = {replicate} must be the {_ranks(world_size)}"
+        do = f"Use {world_size // replicate}, or -1 for the rest, or start {_ranks(replicate * shard)}."
+        yield problem("parallel.dp_shard", shard, expected, do=do)
+
+
+def _parts(config: Config, world_size: int) -> Iterator[str]:
+    model, replicate = config.model, config.parallel.dp_replicate
+    sizes = (model.dim, model.num_heads, model.ffn_dim, model.vocab_size)
+    if min(*sizes, replicate) < 1 or min(model.num_kv_heads, model.head_dim) < 0 or world_size % replicate:
+        return
+    kv_rows = (model.num_kv_heads or model.num_heads) * _head_dim(model)
+    rows = {
+        "num_kv_heads * head_dim": kv_rows,
+        "dim": model.dim,
+        "ffn_dim": model.ffn_dim,
+        "vocab_size": model.vocab_size,
+    }
+    name, fewest = min(rows.items(), key=lambda item: item[1])
+    shard = world_size // replicate
+    if config.parallel.dp_shard in (-1, shard) and shard > fewest >= 1:
+        works = [degree for degree in divisors(world_size) if world_size // degree <= fewest]
+        expected = f"must be at most model.{name} = {fewest}"
+        why = f"a parameter has so few rows, and each of the {shard} ranks of a replica holds some"
+        do = f"Use parallel.dp_replicate {choices(works, replicate)}."
+        yield problem("parallel.dp_shard", shard, expected, why, do)
+
+
+def _batch(config: Config, world_size: int) -> Iterator[str]:
+    batch, micro = config.data.global_batch_size, config.data.micro_batch_size
+    if batch < 1 or micro < 0:
+        return
+    share, rest = divmod(batch, world_size)
+    if rest:
+        near = [count for count in (batch - rest, batch - rest + world_size) if count]
+        do = f"Use {listed(near, 'or')}, or start {choices(divisors(batch), world_size)} ranks."
+        expected = f"must be a multiple of the {_ranks(world_size)}"
+        yield problem("data.global_batch_size", batch, expected, "every rank computes the same number of sequences", do)
+    elif micro and share % micro:
+        expected = f"must divide the {share} of {batch} sequences that each of the {_ranks(world_size)} computes"
+        yield problem("data.micro_batch_size", micro, expected, do=f"Use {choices(divisors(share), micro)}.")
+    elif config.parallel.accumulate == "unsharded" and micro in (0, share):
+        expected = f"has no effect while a rank computes its {share} of {batch} sequences at once"
+        works = f"data.micro_batch_size {choices(divisors(share)[:-1], share)}" if share > 1 else "fewer ranks"
+        do = f"Use {works}, or 'sharded'."
+        yield problem("parallel.accumulate", "unsharded", expected, do=do)
+
+
+_LAYOUT_RULES = (_degrees, _parts, _batch)
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank" if count == 1 else f"{count} ranks"
+
+
+def divisors(number: int) -> list[int]:
+    """List the divisors of a positive number in order; beyond 10**10, those up to 100,000 and their partners."""
+    small = [one for one in range(1, min(math.isqrt(number), 100_000) + 1) if number % one == 0]
+    return sorted({*small, *(number // one for one in small)})
+
+
+def choices(works: Any, got: int) -> str:
+    """Write the values that work as prose; of many, the six nearest to what was given."""
+    nearest = sorted(sorted(works, key=lambda one: abs(one - got))[:6])
+    return listed(nearest, "or")
+
+
+# ---- resuming
+
+
+def resume_differences(saved: dict[str, Any], now: Config) -> list[str]:
+    """List the fixed fields whose value in the checkpoint's resolved config is another than in `now`.
+
+    A field that the checkpoint doesn't know had its default then; one that no longer exists is ignored.
+    """
+    return list(_differences(saved, now, ""))
+
+
+def curve_notice(saved: dict[str, Any], now: Config) -> str | None:
+    """Say what another number of steps does to the learning rate from here on; None if it changes nothing."""
+    before = (as_table(saved.get("run")) or {}).get("steps")
+    if before in (None, now.run.steps) or now.lr.schedule == "constant":
+        return None
+    change = f"run.steps: the checkpoint has {before}, the config {now.run.steps}"
+    if now.lr.schedule == "wsd":
+        return f"{change}; the last {now.lr.decay_steps} steps, in which the learning rate falls, move with it"
+    return f"{change}; under lr.schedule = {now.lr.schedule!r} the learning rate follows another curve from here on"
+
+
+def _differences(saved: dict[str, Any], now: Any, prefix: str) -> Iterator[str]:
+    for part in dataclasses.fields(now):
+        key, value = prefix + part.name, getattr(now, part.name)
+        was = saved.get(part.name, plain(default_of(part)))
+        tables, saved_tables = as_list(value) or [], as_list(was) or []
+        if dataclasses.is_dataclass(value) and as_table(was) is not None:
+            yield from _differences(was, value, f"{key}.")
+        elif tables and dataclasses.is_dataclass(tables[0]) and len(tables) == len(saved_tables):
+            for index, (old, new) in enumerate(zip(saved_tables, tables, strict=True)):
+                yield from _differences(old, new, f"{key}.{index}.")
+        elif part.metadata.get("resume") == "fixed" and plain(value) != was:
+            yield f"{key}: the checkpoint has {_shown(was)}, the config {_shown(plain(value))}"
+
+
+def _shown(value: Any) -> str:
+    items = as_list(value)
+    if value is None or value is dataclasses.MISSING:
+        return "none"
+    return toml_value(value) if items is None else f"{len(items)} of them"

@@ -1,0 +1,219 @@
+"""Building a run: data, model, optimizer, and the state it continues from; every rank does it, in this order.
+
+All that can be refused is refused before the first step, the cheapest first: stores before weights, weights before
+checkpoints.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from configs.check import curve_notice, resume_differences
+from configs.errors import ConfigError, problem
+from configs.schema import Config, StoreConfig
+from engine.checkpoint import Checkpointer, Found
+from engine.data.batches import Batch, Batches
+from engine.data.prepare import prepare_from_config
+from engine.folder import RunFolder
+from engine.loss import chunk_cross_entropy, compiled_chunk_loss, next_token
+from engine.memory import check_memory
+from engine.metrics import Metrics, Sink, yardstick
+from engine.metrics_log import JsonLines, TensorBoard, truncate_after
+from engine.optim import build_optimizer
+from engine.peaks import choose_peak, describe_peak, measured_gemm_tflops
+from engine.progress import ProgressDisplay
+from engine.step import ForwardBackward, Objective, direct
+from engine.weights import starting_weights
+from models.flops import num_params
+from models.llama import Llama
+from parallel.apply import build_model
+from parallel.fsdp import DTYPES
+from parallel.mesh import Layout, build_layout
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything that a run is made of, on this rank."""
+
+    config: Config
+    layout: Layout
+    folder: RunFolder
+    data: Batches
+    heldout: Callable[[], Iterable[Batch]]
+    model: Llama
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    forward_backward: ForwardBackward
+    checkpointer: Checkpointer
+    progress: ProgressDisplay | None
+    """What a person sees; on rank 0 only."""
+    step: int = 0
+    """Steps done."""
+    first_step: int = 0
+    """Steps that were done when this start of the run began."""
+    num_tokens: int = 0
+    """Targets seen, as of the last logged step."""
+    gemm_tflops: float = 0.0
+    metrics: Metrics | None = field(default=None)
+
+    def start_metrics(self) -> Metrics:
+        """Start the clocks, right before the first step; opens the logs on rank 0."""
+        if self.metrics is None:
+            config, device = self.config, self.layout.device
+            peak = choose_peak(config.metrics.peak_tflops, device, DTYPES[config.precision.compute], self.gemm_tflops)
+            yard = yardstick(config.model, config.data.seq_len, self.layout.dp_size, peak, self.gemm_tflops)
+            if self.progress is not None:
+                self.progress.say(describe_peak(peak, self.gemm_tflops))
+            sinks = self._sinks() if self.layout.dp_rank == 0 else ()
+            self.metrics = Metrics(yard, device, step=self.step, num_tokens=self.num_tokens, sinks=sinks)
+        return self.metrics
+
+    def close(self) -> None:
+        """Finish what is being written; in this order, since the checkpoint's group needs the run's."""
+        try:
+            self.checkpointer.close()
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+            self.folder.release()
+
+    def _sinks(self) -> tuple[Sink, ...]:
+        truncate_after(self.folder.metrics, self.step)
+        lines = JsonLines(self.folder.metrics)
+        if not self.config.metrics.tensorboard:
+            return (lines,)
+        return (lines, TensorBoard(self.folder.tensorboard, self.step or None))
+
+
+def build_run(
+    config: Config, given: str, device: torch.device, ranks_on_node: int, progress: ProgressDisplay | None
+) -> Run:
+    """Build a run from a resolved config and the text it was `given` as; torch.distributed is initialised."""
+    check_memory(config, device, ranks_on_node)
+    layout = build_layout(config.parallel, device)
+    say = progress.say if progress is not None else _silent
+    folder = RunFolder(config.run)
+    if layout.dp_rank == 0:
+        folder.claim()
+        _prepare_stores(config, say)
+    # The others wait here for the folder and the stores; what rank 0 can't do ends the run for all of them.
+    dist.barrier()
+    data = Batches(config.data, config.run.seed, "train")
+    heldout = _heldout(config, layout)
+    _check_tokenizer(config, data)
+    model = build_model(config, layout, starting_weights(config))
+    optimizer = build_optimizer(model, config.optim)
+    chunk_loss = compiled_chunk_loss() if config.compile.loss else chunk_cross_entropy
+    objective = next_token(config.objective, chunk_loss)
+    run = Run(
+        config=config,
+        layout=layout,
+        folder=folder,
+        data=data,
+        heldout=heldout,
+        model=model,
+        optimizer=optimizer,
+        objective=objective,
+        forward_backward=direct(model, objective, config.parallel.accumulate),
+        checkpointer=Checkpointer(folder.checkpoints, config.checkpoint, timeout_s=config.fault.first_step_timeout_s),
+        progress=progress,
+    )
+    say(f"{config.run.name}: {num_params(config.model):,} parameters, {_layout_text(layout)}, writing to {folder.path}")
+    _resume(run, say)
+    if layout.dp_rank == 0:
+        folder.write_configs(given, config)
+    dist.barrier()
+    # On all ranks at once: ranks that share a machine share its rate.
+    run.gemm_tflops = measured_gemm_tflops(device, DTYPES[config.precision.compute])
+    return run
+
+
+def _silent(text: str) -> None:
+    """Say nothing: only rank 0 speaks."""
+
+
+def _layout_text(layout: Layout) -> str:
+    degrees = ", ".join(f"{axis} {size}" for axis, size in zip(layout.axes, layout.shape, strict=True) if size > 1)
+    ranks = f"{layout.dp_size} ranks" if layout.dp_size > 1 else "1 process"
+    return f"{ranks} on {layout.device.type}" + (f" ({degrees})" if degrees else "")
+
+
+def _prepare_stores(config: Config, say: Callable[[str], None]) -> None:
+    for store in config.data.stores:
+        if store.sources and not Path(store.path).exists():
+            say(f"preparing {store.path} from {', '.join(store.sources)}")
+            _prepare(store)
+            say(f"prepared {store.path}")
+
+
+def _prepare(store: StoreConfig) -> None:
+    prepare_from_config(store)
+
+
+def _heldout(config: Config, layout: Layout) -> Callable[[], Iterable[Batch]]:
+    """Make the reader of the held-out batches, which starts over at each call."""
+    if not config.eval.every_steps:
+        return list
+    batches = Batches(config.data, config.run.seed, "heldout")
+    return partial(
+        batches.heldout_microbatches,
+        layout.dp_rank,
+        layout.dp_size,
+        config.data.micro_batch_size,
+        config.eval.max_sequences,
+    )
+
+
+def _check_tokenizer(config: Config, data: Batches) -> None:
+    """Refuse a model with fewer rows than the tokenizer has tokens."""
+    tokens = data.vocab_size
+    if config.model.vocab_size < tokens:
+        expected = f"must be at least the {tokens} tokens of the stores' tokenizer"
+        why = "a token without a row can't be looked up"
+        raise ConfigError(
+            problem("model.vocab_size", config.model.vocab_size, expected, why, f"Use --model.vocab_size {tokens}.")
+        )
+
+
+def _resume(run: Run, say: Callable[[str], None]) -> None:
+    """Continue from the newest good checkpoint of the folder, if there is one that this config continues."""
+    found = run.checkpointer.find_latest()
+    if found is None:
+        return
+    for text in found.refused:
+        say(f"refused {text}")
+    saved = found.meta["config"]
+    problems = resume_differences(saved, run.config)
+    problems += _other_data(run, found)
+    if problems:
+        head = f"{found.path} can't be continued with this config:"
+        do = "Give the run's own values, or another --run.name to start a new run."
+        raise ConfigError([head, *(f"  {text}" for text in problems), do])
+    if found.step > run.config.run.steps:
+        do = f"Use --run.steps {found.step} or more, or another --run.name."
+        raise ConfigError(problem("run.steps", run.config.run.steps, f"{found.path} is further already", "", do))
+    notice = curve_notice(saved, run.config)
+    if notice:
+        say(notice)
+    run.checkpointer.load(found, run.model, run.optimizer)
+    run.step = run.first_step = found.step
+    run.num_tokens = int(found.meta["num_tokens"])
+    say(f"continuing from {found.path}")
+
+
+def _other_data(run: Run, found: Found) -> list[str]:
+    """Name the stores whose content is not what the checkpoint was trained on."""
+    saved, now = found.meta["data"], run.data.fingerprints
+    if len(saved) != len(now):
+        return []  # the number of stores is a difference of the config already
+    if found.meta["tokenizer"] != run.data.tokenizer_hash:
+        return ["data.stores: made with another tokenizer than the checkpoint's"]
+    return [
+        f"data.stores.{index}: the checkpoint was trained on other data (its hash {before[:12]}, now {after[:12]})"
+        for index, (before, after) in enumerate(zip(saved, now, strict=True))
+        if before != after
+    ]

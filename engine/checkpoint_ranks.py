@@ -1,0 +1,103 @@
+"""What ranks tell each other about a checkpoint: JSON over a gloo group of the checkpoint's own.
+
+The group is apart from the run's, so that a save in the background never meets a collective of the step. Messages are
+JSON and not pickles. What only rank 0 does, it does in `lead`, so that its failure is the same CheckpointError on every
+rank: without that, one rank would raise and the others would wait for it. Without a process group one rank talks to
+itself.
+"""
+
+import datetime
+import json
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from configs.errors import CheckpointError, RunError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This rank, the number of ranks and their group; making one is collective over all ranks of the run."""
+
+    def __init__(self, timeout_s: float) -> None:
+        """Create the group when torch.distributed is initialised."""
+        self.group: Any = None
+        self.index, self.size = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            limit = datetime.timedelta(seconds=timeout_s)
+            self.group = dist.new_group(backend="gloo", timeout=limit)
+            self.index, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        else:  # DCP says so at every save and load
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+    def close(self) -> None:
+        """Destroy the group."""
+        if self.group is not None and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+        self.group = None
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Return the JSON-able values of all ranks, in rank order."""
+        if self.group is None:
+            return [value]
+        data = _pack(value)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([data.numel()]), group=self.group)
+        longest = max(int(size) for size in sizes)
+        padded = torch.cat([data, data.new_zeros(longest - data.numel())])
+        boxes = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(boxes, padded, group=self.group)
+        return [_unpack(box[: int(size)]) for box, size in zip(boxes, sizes, strict=True)]
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's JSON-able value."""
+        if self.group is None:
+            return value
+        data = _pack(value) if self.index == 0 else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor([data.numel()])
+        dist.broadcast(size, group_src=0, group=self.group)
+        if self.index != 0:
+            data = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, group_src=0, group=self.group)
+        return _unpack(data)
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """Do `work` on rank 0 and return its JSON-able result; raise a CheckpointError on all ranks when it failed."""
+        result, error = None, ""
+        if self.index == 0:
+            try:
+                result = work()
+            except (Exception, CheckpointException) as failure:
+                error = describe(failure)
+        answer = self.broadcast({"error": error, "result": result})
+        if answer["error"]:
+            raise CheckpointError(answer["error"])
+        return answer["result"]
+
+
+def describe(error: BaseException) -> str:
+    """Return the text of an error for a user; of DCP's collected errors the first rank's that failed."""
+    if isinstance(error, CheckpointException):
+        rank, cause = min(error.failures.items())
+        inner = cause[0] if isinstance(cause, tuple) else cause
+        return f"rank {rank}: {describe(inner)}"
+    if isinstance(error, RunError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or 'file system'}: {error.strerror} (errno {error.errno})"
+    if isinstance(error, RuntimeError) and "/gloo/" in str(error):
+        return f"another rank is gone or silent ({str(error).partition('] ')[2].partition('. ')[0]})"
+    return f"{type(error).__name__}: {error}"
+
+
+def _pack(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _unpack(data: torch.Tensor) -> Any:
+    return json.loads(data.numpy().tobytes())

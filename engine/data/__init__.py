@@ -1,0 +1,19 @@
+"""Text to batches.
+
+A token store is made once (sources -> records -> tokenizer -> prepare) and then read by arithmetic (store, order, mix,
+pack -> batches): the batch of step k is a function of (config, seed, k), so a loader has no state to save.
+
+    sources.py     which files a corpus consists of
+    records.py     files -> raw records -> text; bad records by kind and place
+    tokenizer.py   sentencepiece and Hugging Face tokenizers; training one
+    staging.py     a folder that appears whole or not at all
+    store.py       the folder of a token store: manifest, reading, verification
+    writer.py      one split of a token store, written shard by shard
+    prepare.py     corpus -> token store, in parallel
+    order.py       a seeded permutation in O(1) memory
+    mix.py         sample i of the run -> (store, sample of the store)
+    pack.py        best-fit packing of whole documents
+    batches.py     the batch of a step, and the held-out batches
+
+Nothing is imported here: the workers of prepare need no torch.
+"""

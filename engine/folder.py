@@ -1,0 +1,79 @@
+"""The folder of one run: what lies where, who may write, and the configs as given and as resolved.
+
+    runs/NAME/config.toml  config.resolved.json  metrics.jsonl  tensorboard/  checkpoints/  logs/rank-00000.log
+
+One process at a time owns a run folder: a second run of the same name would otherwise write into the first one's.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from configs.errors import RunError, problem
+from configs.load import config_to_dict
+from configs.schema import Config, RunConfig
+
+
+class RunFolder:
+    """Paths of a run; rank 0 makes and locks the folder with `claim`, the other ranks only read paths."""
+
+    def __init__(self, run: RunConfig) -> None:
+        """Name the paths; nothing is made yet."""
+        self.path = Path(run.dir) / run.name
+        self.config = self.path / "config.toml"
+        self.resolved = self.path / "config.resolved.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
+        self._lock: IO[str] | None = None
+
+    def claim(self) -> None:
+        """Make the folder and hold it until this process ends, however it ends."""
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a+")
+        except OSError as error:
+            do = "Choose another --run.dir."
+            raise RunError(problem(str(self.path), "", f"can't be written: {error.strerror}", do=do)) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "another process"
+            do = "Wait for it, stop it, or choose another --run.name."
+            raise RunError(problem(str(self.path), "", f"in use by {owner}", "one run writes a folder", do)) from None
+        except OSError:
+            # Some network file systems have no locks; a run is worth more than the guard.
+            return
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+
+    def release(self) -> None:
+        """Let another process have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write_configs(self, given: str, resolved: Config) -> None:
+        """Keep the config as the user wrote it and as it was understood."""
+        _replace(self.config, given)
+        _replace(self.resolved, json.dumps(config_to_dict(resolved), indent=2) + "\n")
+
+    def log_of(self, rank: int) -> logging.Handler:
+        """Open this rank's own log."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(self.logs / f"rank-{rank:05d}.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        return handler
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,97 @@
+"""Sampling from a model, one token at a time, with a cache of keys and values.
+
+The random numbers come from a generator of our own on the CPU, so the same seed gives the same text whatever else the
+process draws. Text and tokenizers are the caller's.
+
+Source of top-p: arXiv:1904.09751 section 3.1.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs.errors import ConfigError, problem
+from models.llama import LayerCache, Llama
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen; raises ConfigError with every value that makes no sense."""
+
+    max_new_tokens: int = 200
+    """Stop after this many tokens, or where the model's max_seq_len ends."""
+    temperature: float = 0.8
+    """Logits are divided by this; 0 always takes the likeliest token."""
+    top_p: float = 0.95
+    """Draw from the fewest tokens that hold this much probability; 1 draws from all."""
+    seed: int = 0
+    """Of the random numbers."""
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        problems = []
+        if self.max_new_tokens < 1:
+            problems.append(problem("max_new_tokens", self.max_new_tokens, "must be at least 1"))
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            problems.append(problem("temperature", self.temperature, "must be 0 (greedy) or more"))
+        if not 0 < self.top_p <= 1:
+            problems.append(problem("top_p", self.top_p, "must be above 0 and at most 1"))
+        if problems:
+            raise ConfigError(problems)
+
+
+def generate(model: Llama, prompt: Sequence[int], sampling: Sampling, eos_id: int | None = None) -> Iterator[int]:
+    """Yield the tokens that follow `prompt`, each as soon as it is known, up to and without `eos_id`.
+
+    Raises ConfigError, before the first token, for a prompt that is empty, too long, or holds unknown tokens.
+    """
+    _check_prompt(model, prompt)
+    num_tokens = min(sampling.max_new_tokens, model.config.max_seq_len - len(prompt))
+    return _stream(model, prompt, sampling, eos_id, num_tokens)
+
+
+def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Choose from the logits (vocab) of one position."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    probabilities = torch.softmax(logits.double().cpu() / sampling.temperature, dim=-1)
+    likeliest, order = probabilities.sort(descending=True, stable=True)
+    # A token stays while those before it hold less than top_p: the first always does.
+    likeliest[likeliest.cumsum(dim=-1) - likeliest >= sampling.top_p] = 0.0
+    return int(order[torch.multinomial(likeliest, 1, generator=generator)])
+
+
+def _check_prompt(model: Llama, prompt: Sequence[int]) -> None:
+    limit, vocab_size = model.config.max_seq_len, model.config.vocab_size
+    if not prompt:
+        raise ConfigError(problem("prompt", "", "must hold at least one token"))
+    if len(prompt) >= limit:
+        expected = f"must be shorter than model.max_seq_len = {limit}"
+        raise ConfigError(problem("tokens in the prompt", len(prompt), expected, do="Shorten the prompt."))
+    if max(prompt) >= vocab_size or min(prompt) < 0:
+        expected = f"must be below model.vocab_size = {vocab_size}"
+        why = "the tokenizer is not the one the model was trained with"
+        raise ConfigError(problem("token in the prompt", max(prompt), expected, why))
+
+
+def _stream(
+    model: Llama, prompt: Sequence[int], sampling: Sampling, eos_id: int | None, num_tokens: int
+) -> Iterator[int]:
+    generator = torch.Generator().manual_seed(sampling.seed)
+    cache = model.new_cache(len(prompt) + num_tokens)
+    newest = list(prompt)
+    for _ in range(num_tokens):
+        token = next_token(_last_logits(model, newest, cache), sampling, generator)
+        if token == eos_id:
+            return
+        yield token
+        newest = [token]
+
+
+@torch.inference_mode()  # around each step, not the generator: a mode must not stay on between yields
+def _last_logits(model: Llama, tokens: list[int], cache: dict[str, LayerCache]) -> Tensor:
+    hidden = model(torch.tensor([tokens], device=model.embed_tokens.weight.device), cache=cache)
+    return model.lm_head(hidden[0, -1]).float()

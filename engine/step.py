@@ -1,0 +1,89 @@
+"""The train step: count, forward and backward, clip, set the learning rate, update.
+
+Everything here stays on the device: a step that must not be applied (no target, or a gradient that is not finite) is a
+flag that the optimizer reads, so no step waits for the host. Losses are sums over the global count of targets.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from engine.data.batches import IGNORE, Batch
+from engine.optim import set_lr
+from parallel.fsdp import reduce_gradients_at
+from parallel.mesh import Layout
+
+Objective = Callable[[nn.Module, Batch], Tensor]
+"""(model, batch) -> the sum of the losses of the batch's targets on this rank, nats."""
+
+ForwardBackward = Callable[[Sequence[Batch], Tensor], Tensor]
+"""(microbatches, num_tokens) -> this rank's loss sum; gradients of loss_sum / num_tokens are added up on the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step leaves behind, on the device."""
+
+    loss_sum: Tensor
+    """This rank's part of the loss, nats."""
+    num_tokens: Tensor
+    """Targets of the step over all ranks, int64."""
+    grad_norm: Tensor
+    """Global norm before clipping."""
+    skipped: Tensor
+    """1.0 where the update was not applied, else 0.0."""
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    forward_backward: ForwardBackward,
+    microbatches: Sequence[Batch],
+    lr: float,
+    max_grad_norm: float,
+    layout: Layout,
+) -> StepResult:
+    """Update the weights from the global batch of one step."""
+    num_tokens = layout.sum_over_dp(count_targets(microbatches))
+    loss_sum = forward_backward(microbatches, num_tokens)
+    grad_norm = clip_grad_norm(model, max_grad_norm)
+    skipped = (~torch.isfinite(grad_norm) | (num_tokens == 0)).to(torch.float32)
+    set_lr(optimizer, lr)
+    optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue] - read by torch's fused optimizers
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(loss_sum, num_tokens, grad_norm, skipped)
+
+
+def direct(model: nn.Module, objective: Objective, accumulate: str) -> ForwardBackward:
+    """Run the microbatches one after the other through the whole model."""
+
+    def forward_backward(microbatches: Sequence[Batch], num_tokens: Tensor) -> Tensor:
+        sums: list[Tensor] = []
+        for index, batch in enumerate(microbatches):
+            reduce_gradients_at(model, last=index == len(microbatches) - 1, accumulate=accumulate)
+            loss_sum = objective(model, batch)
+            # A step without any target has loss 0 and gradient 0; the flag keeps the optimizer from applying it.
+            (loss_sum / num_tokens.clamp(min=1)).backward()
+            sums.append(loss_sum.detach())
+        return torch.stack(sums).sum()
+
+    return forward_backward
+
+
+def count_targets(microbatches: Sequence[Batch]) -> Tensor:
+    """Count the targets of this rank's microbatches; int64 on their device."""
+    return torch.stack([(batch.targets != IGNORE).sum() for batch in microbatches]).sum()
+
+
+def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients down to `max_norm` (0: leave them) and return their global norm before that."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -1,0 +1,205 @@
+"""A run from its config to its last step: build it once, then step, record, evaluate if due, checkpoint if due.
+
+The state of a run is the weights, the optimizer's moments and the step: the batch and the learning rate of a step are
+functions of the step, so that whatever is killed continues from its last checkpoint as if nothing had happened.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configs.errors import NonFiniteError, problem
+from configs.load import config_to_dict
+from configs.schema import Config
+from engine.build import Run
+from engine.data.batches import Batch
+from engine.evaluate import HeldoutLoss, evaluate
+from engine.lr import lr_at
+from engine.metrics import RankCosts, StepRecord
+from engine.step import StepResult, train_step
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended, for whoever started it."""
+
+    step: int
+    last: StepRecord | None
+    """The last logged step of this start of the run."""
+    heldout: HeldoutLoss | None
+    """The last evaluation of this start of the run."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Sums over steps that stay on the device until a logged step reads them."""
+
+    num_tokens: Tensor
+    """Targets since the run's first step, int64."""
+    non_finite: Tensor
+    """Steps that were not applied because a gradient was not finite."""
+    empty: Tensor
+    """Steps that had no target."""
+
+    def add(self, result: StepResult) -> None:
+        """Count a step."""
+        has_targets = result.num_tokens > 0
+        self.num_tokens += result.num_tokens
+        self.non_finite += result.skipped * has_targets
+        self.empty += ~has_targets
+
+
+def train(run: Run) -> Outcome:
+    """Take the run from where it stands to its last step; every rank calls it."""
+    config, device = run.config, run.layout.device
+    counters = Counters(
+        num_tokens=torch.tensor(run.num_tokens, device=device),
+        non_finite=torch.zeros((), device=device),
+        empty=torch.zeros((), dtype=torch.int64, device=device),
+    )
+    last: StepRecord | None = None
+    heldout = _evaluate(run, 0) if run.step == 0 and config.eval.every_steps else None
+    metrics = run.start_metrics()
+    with _collected_at_fixed_steps(), _batches(run) as batches:
+        for step in range(run.step + 1, config.run.steps + 1):
+            with metrics.waiting_for_data():
+                microbatches = next(batches)
+            lr = lr_at(step - 1, config.lr, config.optim.lr, config.run.steps)
+            max_norm = config.optim.max_grad_norm
+            result = train_step(run.model, run.optimizer, run.forward_backward, microbatches, lr, max_norm, run.layout)
+            run.step = step
+            counters.add(result)
+            if step == run.first_step + 1:
+                _shorten_timeouts(config)
+            if _due(step, config.metrics.every_steps, config) or step == run.first_step + 1:
+                last = _record(run, result, counters, lr)
+            elif run.progress is not None:
+                run.progress.advance(step)
+            now = _evaluate(run, step) if _due(step, config.eval.every_steps, config) else None
+            heldout = now or heldout
+            if _due(step, config.checkpoint.every_steps, config, always_last=True):
+                _checkpoint(run, counters, now)
+            if step % config.metrics.gc_every_steps == 0:
+                gc.collect()
+    with metrics.checkpointing():
+        run.checkpointer.wait()
+    return Outcome(run.step, last, heldout)
+
+
+def _due(step: int, every_steps: int, config: Config, *, always_last: bool = False) -> bool:
+    """True at multiples of `every_steps` and at the last step; 0 means never, or at the last step only."""
+    if step == config.run.steps and (every_steps or always_last):
+        return True
+    return every_steps > 0 and step % every_steps == 0
+
+
+@contextmanager
+def _batches(run: Run) -> Iterator[Iterator[list[Batch]]]:
+    """Read each step's microbatches one step ahead, in a thread."""
+    layout, steps = run.layout, range(run.step, run.config.run.steps)
+
+    def read(step: int) -> list[Batch]:
+        size = run.config.data.micro_batch_size
+        parts = run.data.microbatches(step, layout.dp_rank, layout.dp_size, size)
+        return [batch.to(layout.device) for batch in parts]
+
+    def ahead() -> Iterator[list[Batch]]:
+        pending = reader.submit(read, steps.start) if steps else None
+        for step in steps:
+            assert pending is not None, "a step is left, so its batch was asked for"
+            ready = pending.result()
+            pending = reader.submit(read, step + 1) if step + 1 < steps.stop else None
+            yield ready
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as reader:
+        yield ahead()
+
+
+@contextmanager
+def _collected_at_fixed_steps() -> Iterator[None]:
+    """Keep Python's garbage collector from stopping one rank at a time while the others wait."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def _record(run: Run, result: StepResult, counters: Counters, lr: float) -> StepRecord:
+    """Read the device, once, and write the record of a logged step; a sick run ends here."""
+    assert run.metrics is not None, "metrics start before the first step"
+    loss_sum = run.layout.sum_over_dp(result.loss_sum.double().clone())
+    count = result.num_tokens.double().clamp(min=1)
+    sums = torch.stack(
+        [loss_sum / count, result.grad_norm.double(), counters.num_tokens.double(), counters.non_finite.double(),
+         counters.empty.double()]
+    )  # fmt: skip
+    loss, grad_norm, num_tokens, non_finite, empty = sums.tolist()
+    costs = run.metrics.rank_costs(run.step)
+    worst = RankCosts(*run.layout.max_over_dp([costs.data_wait_s, costs.memory_gib]))
+    record = run.metrics.record(run.step, loss, grad_norm, lr, int(num_tokens), worst)
+    run.num_tokens = int(num_tokens)
+    if run.progress is not None:
+        run.progress.show(record)
+        if empty:
+            run.progress.say(f"{int(empty)} steps up to step {run.step} had no target and changed nothing")
+    if non_finite or not math.isfinite(loss):
+        why = "the update was not applied; the newest checkpoint is from before it"
+        do = "Lower optim.lr, lengthen lr.warmup_steps, or look at the data of these steps; the same command resumes."
+        text = problem(f"step {run.step}", f"loss {loss}, grad_norm {grad_norm}", "must be finite", why, do)
+        raise NonFiniteError(text)
+    counters.empty.zero_()
+    return record
+
+
+def _evaluate(run: Run, step: int) -> HeldoutLoss:
+    """Measure the held-out loss; left out of the step time."""
+    metrics = run.metrics or run.start_metrics()
+    begin = time.perf_counter()
+    with metrics.excluded():
+        batches = (batch.to(run.layout.device) for batch in run.heldout())
+        found = evaluate(run.model, run.objective, batches, run.layout)
+    took = time.perf_counter() - begin
+    record = metrics.record_eval(step, found.loss, found.bits_per_byte, found.num_tokens, took)
+    if run.progress is not None:
+        run.progress.show_eval(record)
+    return found
+
+
+def _checkpoint(run: Run, counters: Counters, heldout: HeldoutLoss | None) -> None:
+    """Save the state after this step; the step waits for the copy to the host only."""
+    assert run.metrics is not None, "metrics start before the first step"
+    with run.metrics.checkpointing():
+        meta = {
+            "step": run.step,
+            "num_tokens": int(counters.num_tokens),
+            "config": config_to_dict(run.config),
+            "layout": {
+                "world_size": run.layout.dp_size,
+                "mesh": dict(zip(run.layout.axes, run.layout.shape, strict=True)),
+            },
+            "data": run.data.fingerprints,
+            "tokenizer": run.data.tokenizer_hash,
+            "versions": {"torch": torch.__version__},
+        }
+        loss = None if heldout is None else heldout.loss
+        run.checkpointer.save(run.step, run.model, run.optimizer, meta, run.data.tokenizer_folder, loss)
+
+
+def _shorten_timeouts(config: Config) -> None:
+    """From here on a silent rank is noticed soon; the first step may compile and wait for slow starters."""
+    limit = timedelta(seconds=config.fault.step_timeout_s)
+    for group in dist.distributed_c10d._world.pg_map:  # pyright: ignore
+        dist.distributed_c10d._set_pg_timeout(limit, group)

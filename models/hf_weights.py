@@ -1,0 +1,153 @@
+"""Weights in a Hugging Face folder: a reader of tensor slices and a streaming writer of sharded safetensors.
+
+The reader maps files and copies only the slice that is asked for, so no rank ever holds the whole model; the headers
+alone are compared with the model before a weight is read. The writer holds one shard at a time and renames the folder
+into place when it is complete. Pickles (.bin) are refused: loading one runs whatever code it carries.
+Parameter names are ours, which are Hugging Face's without the leading `model.`.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from configs.errors import CheckpointError, problem
+from configs.schema import ModelConfig
+from models.hf_config import read_hf_config
+from models.llama import Llama
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+LISTED_PROBLEMS = 40
+
+_FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# A constant that old exports carry along.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+def hf_name(name: str) -> str:
+    """Give Hugging Face's name of our parameter."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def our_name(name: str) -> str:
+    """Give our name of Hugging Face's parameter."""
+    return name.removeprefix("model.")
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Give the whole shape of each parameter of a resolved config, by our names; a tied head is not listed."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in Llama(config).named_parameters()}
+
+
+class HfWeights:
+    """The tensors of a Hugging Face Llama folder, by our names; `config` is what its config.json says."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read config.json and the list of tensors; raise CheckpointError where the folder can't be used."""
+        self.folder = Path(folder)
+        self.config: ModelConfig = read_hf_config(self.folder)
+        self._files: dict[str, Any] = {}  # opened when first needed, and kept open
+        stored = {name: file for name, file in self._locate().items() if not _IGNORED.search(name)}
+        if self.config.tie_embeddings:
+            stored.pop("lm_head.weight", None)  # some writers repeat the embedding; transformers ignores it too
+        self._file_of = {our_name(name): file for name, file in stored.items()}
+
+    def names(self) -> list[str]:
+        """List the parameters that the folder holds."""
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Give a parameter's whole shape, from the header."""
+        return tuple(self._view(name).get_shape())
+
+    def read(self, name: str, slices: Sequence[slice] | None = None) -> torch.Tensor:
+        """Copy a parameter, or the rectangle that `slices` (one for each leading dim) cut out, in the stored format."""
+        view = self._view(name)
+        part = view[tuple(slices)] if slices else view[:]
+        return part.clone(memory_format=torch.contiguous_format)  # what was read may be a window on the file
+
+    def check(self, expected: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Compare the headers with the model's parameters; raise CheckpointError listing everything that differs.
+
+        `expected` maps our names to shapes; without it, the model that config.json describes is meant.
+        """
+        expected = parameter_shapes(self.config) if expected is None else expected
+        problems = [
+            f"missing: {hf_name(name)} {tuple(shape)}" for name, shape in expected.items() if name not in self._file_of
+        ]
+        for name in self._file_of:
+            stored = self._view(name).get_dtype()
+            if name not in expected:
+                problems.append(f"unexpected: {hf_name(name)} {self.shape(name)}")
+            elif self.shape(name) != tuple(expected[name]):
+                problems.append(f"wrong shape: {hf_name(name)} {self.shape(name)}, expected {tuple(expected[name])}")
+            if stored not in _FORMATS:
+                problems.append(f"wrong format: {hf_name(name)} {stored}, expected one of {', '.join(_FORMATS)}")
+        if problems:
+            shown = problems[:LISTED_PROBLEMS]
+            shown += [f"... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
+            raise CheckpointError("\n  ".join([f"{self.folder}: the weights do not fit the model:", *shown]))
+
+    def _view(self, name: str) -> Any:
+        file = self._file_of[name]
+        try:
+            return self._open(file).get_slice(hf_name(name))
+        except SafetensorError:
+            raise CheckpointError(
+                problem(
+                    str(self.folder / file),
+                    "",
+                    f"does not hold {hf_name(name)}",
+                    f"{INDEX} says that it does",
+                    "Fetch the folder again.",
+                )
+            ) from None
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            path = self.folder / file
+            try:
+                self._files[file] = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                text = f"not a whole safetensors file: {error}"
+                raise CheckpointError(problem(str(path), "", text, do="Fetch it again.")) from None
+        return self._files[file]
+
+    def _locate(self) -> dict[str, str]:
+        """Stored name of each tensor -> file that holds it."""
+        if (self.folder / SINGLE).exists():
+            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        if (self.folder / INDEX).exists():
+            return self._read_index(self.folder / INDEX)
+        pickles = sorted(path.name for path in self.folder.iterdir() if path.suffix in _PICKLES)
+        if pickles:
+            raise CheckpointError(
+                problem(
+                    str(self.folder / pickles[0]),
+                    "",
+                    "is a pickle, and weights are read from .safetensors only",
+                    "loading a pickle runs whatever code it carries",
+                    "Fetch the model's safetensors files, or save it with safe_serialization=True.",
+                )
+            )
+        raise CheckpointError(problem(str(self.folder), "", f"holds neither {SINGLE} nor {INDEX}"))
+
+    def _read_index(self, path: Path) -> dict[str, str]:
+        try:
+            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            files = {str(name): str(file) for name, file in weight_map.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            text = f"not a safetensors index: {error!r}"
+            raise CheckpointError(problem(str(path), "", text, do="Fetch it again.")) from None
+        for file in sorted(set(files.values())):
+            if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+                expected = "must be the plain name of a .safetensors file in the same folder"
+                raise CheckpointError(problem(f"{path}: weight_map", file, expected, "no other file is opened"))
+        return files

@@ -1,0 +1,60 @@
+"""FSDP2 and HSDP: every block is a group that is gathered for its turn and freed again; the rest is the root group.
+
+The head stays in the root group, gathered from the first block's forward to the last block's backward: in a group of
+its own each chunk of the loss would gather it again. Gradients are summed, never averaged: the loss is already divided
+by the global count of targets.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from configs.schema import ParallelConfig, PrecisionConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def shard(
+    model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, config: ParallelConfig, formats: PrecisionConfig
+) -> None:
+    """Turn the parameters into shards over dp_shard, replicated over dp_replicate, in place."""
+    policy = MixedPrecisionPolicy(
+        param_dtype=DTYPES[formats.compute],
+        reduce_dtype=DTYPES[formats.master],
+        # The rotary table enters each block in fp32; casting it would blur the positions of long sequences.
+        cast_forward_inputs=False,
+    )
+    mesh = mesh if config.dp_replicate > 1 else mesh["dp_shard"]
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    if mesh.size() > 1:
+        for module in (*blocks, model):
+            group = cast(FSDPModule, module)
+            group.set_gradient_divide_factor(1.0)
+            # Without this FSDP asks for a scaled sum, which gloo doesn't have.
+            group.set_force_sum_reduction_for_comms(True)
+
+
+def reduce_gradients_at(model: nn.Module, *, last: bool, accumulate: str) -> None:
+    """Say before a microbatch's forward what its backward communicates.
+
+    sharded: each microbatch is reduce-scattered into the shard and replicas are summed once, with the last one.
+    unsharded: nothing until the last one, at the price of whole gradients on each rank.
+    """
+    root = cast(FSDPModule, model)
+    root.set_is_last_backward(last)
+    if accumulate == "unsharded":
+        root.set_requires_gradient_sync(last)
+    else:
+        root.set_requires_all_reduce(last)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free what a forward without a backward left gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            cast(Any, module).reshard()

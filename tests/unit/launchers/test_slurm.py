@@ -1,0 +1,278 @@
+"""Submitting to SLURM: what is asked for, what is refused, and real jobs through submitit's local executor."""
+
+import argparse
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launchers import slurm
+from launchers.slurm import main, minutes, split_overrides
+
+CONFIG = """
+[run]
+name = "small"
+steps = 10
+device = "cpu"
+
+[model]
+vocab_size = 64
+dim = 16
+num_layers = 1
+num_heads = 2
+ffn_dim = 32
+
+[data]
+seq_len = 16
+global_batch_size = 16
+
+[[data.stores]]
+path = "store"
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A config in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.toml").write_text(CONFIG)
+    return "small.toml"
+
+
+def _printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    assert main(arguments) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err
+
+
+# ---- what is submitted
+
+
+def test_dry_run_prints_one_torchrun_a_node(config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ["--nodes", "2", "--gpus-per-node", "8", "--partition", "main", "--account", "me", "--time", "1:30:00"]
+    more = ["--setup", "module load cuda", "--sbatch", "reservation=big", "--dry-run", "--run.device", "cuda"]
+    text = _printed([config, *options, *more], capsys)
+    folder = f"{tmp_path}/runs/small/slurm"
+    copy = next(word for word in text.split() if word.startswith(f"{folder}/small-"))
+    train = Path(slurm.__file__).parent / "train.py"
+    assert (
+        text
+        == f"""\
+#!/bin/bash
+
+# Parameters
+#SBATCH --account=me
+#SBATCH --cpus-per-task=32
+#SBATCH --gpus-per-node=8
+#SBATCH --job-name=small
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output={folder}/%j/%j_0_log.out
+#SBATCH --partition=main
+#SBATCH --requeue
+#SBATCH --reservation=big
+#SBATCH --signal=USR2@60
+#SBATCH --time=90
+#SBATCH --wckey=submitit
+
+# setup
+module load cuda
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output {folder}/%j/%j_%t_log.out --kill-on-bad-exit=1 --wait=60 --cpus-per-task=32 \
+{sys.executable} -u -m submitit.core._submit {folder}/%j
+
+# 16 ranks; in {tmp_path} each of the 2 tasks runs
+#   {sys.executable} -m torch.distributed.run --nnodes=2 --nproc-per-node=8 --node-rank=$SLURM_NODEID \
+--master-addr=<first host of $SLURM_JOB_NODELIST> --master-port=<from job id and restart count> --max-restarts=0 \
+{train} {copy} --run.device cuda
+"""
+    )
+    assert list(tmp_path.iterdir()) == [tmp_path / "small.toml"]  # nothing was written
+
+
+def test_dry_run_prints_one_task_a_gpu(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--nodes", "2", "--gpus-per-node", "4", "--tasks-per", "gpu", "--no-requeue", "--mem", "0"]
+    text = _printed([config, *options, "--exclusive", "--dry-run"], capsys)
+    for line in ("ntasks-per-node=4", "cpus-per-task=4", "no-requeue", "mem=0", "exclusive"):
+        assert f"#SBATCH --{line}\n" in text
+    assert "#SBATCH --gpus-per-node" not in text  # run.device is cpu
+    assert "torch.distributed.run" not in text
+    assert "# 8 ranks; in " in text
+
+
+def test_overrides_are_parted_from_options_wherever_they_stand() -> None:
+    words = ["--nodes", "2", "--run.steps", "-1", "a.toml", "--parallel.dp_shard=4", "--local", "--run.name"]
+    assert split_overrides(words) == (
+        ["--nodes", "2", "a.toml", "--local"],
+        ["--run.steps", "-1", "--parallel.dp_shard=4", "--run.name"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("90", 90), ("1:30:00", 90), ("00:00:01", 1), ("2-00:00:00", 2880), ("00:10:30", 11)]
+)
+def test_time_limits_are_read_as_minutes(text: str, expected: int) -> None:
+    assert minutes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "", "1:30", "00:00:00", "1h", "-5", "1:60:00"])
+def test_other_times_are_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as error:
+        minutes(text)
+    assert str(error.value) == f"{text!r}: minutes or [D-]HH:MM:SS are expected, for example 90 or 1:30:00"
+
+
+# ---- what is refused
+
+
+def test_every_problem_of_options_and_config_is_listed(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--nodes", "3", "--gpus-per-node", "3", "--local", "--time", "2", "--sbatch", "reservation"]
+    lines = _refused([config, *options], capsys).splitlines()
+    assert lines[:3] == [
+        "error: --nodes = 3: must be 1 with --local (the local executor is this machine). Use --gpus-per-node.",
+        "--time = '2 minutes': must be more than --signal-delay-s = 60 s and a minute "
+        "(SLURM may send the signal a minute early, and the job would be queued again as soon as it starts).",
+        "--sbatch = 'reservation': must be KEY=VALUE. For example --sbatch reservation=NAME.",
+    ]
+    assert any(line.startswith("data.global_batch_size = 16") for line in lines[3:])
+
+
+def test_counts_below_their_least_are_refused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = _refused([config, "--nodes", "0", "--gpus-per-node", "-2", "--max-requeues", "-1"], capsys)
+    assert "error: --nodes = 0: must be at least 1.\n--gpus-per-node = -2: must be at least 1.\n" in text
+    assert "--max-requeues = -1: must be at least 0.\n" in text
+
+
+def test_a_misspelt_key_of_the_config_is_refused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = _refused([config, "--nodes", "1", "--gpus-per-node", "2", "--dry-run", "--run.stebs", "5"], capsys)
+    assert text.startswith("error: --run.stebs: unknown")
+
+
+def test_without_slurm_the_ways_out_are_said(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _refused([config, "--nodes", "1", "--gpus-per-node", "2"], capsys, code=1) == (
+        "error: sbatch: not found, so there is no SLURM to submit to. Run this on a login node of the cluster; "
+        "--dry-run prints the job, --local runs it on this machine.\n"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+# ---- submitting, to a stand-in for sbatch that says what SLURM's says
+
+
+def _install(folder: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str) -> None:
+    (folder / "bin").mkdir()
+    for name in ("sbatch", "srun"):
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{sbatch}\n")
+        (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:/bin:/usr/bin")
+
+
+def test_a_submitted_job_leaves_private_files_and_says_how_to_follow_it(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _install(tmp_path, monkeypatch, f'cp "$1" {tmp_path}/submitted.sh; echo "$SLURM_CONF" > conf; echo "job 7"')
+    monkeypatch.setenv("SLURM_CONF", "/etc/here")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    text = _printed([config, "--nodes", "2", "--gpus-per-node", "2"], capsys)
+    folder = tmp_path / "runs" / "small" / "slurm"
+    log = folder / "7" / "7_0_log.out"
+    assert text == (f"submitted job 7 (small, 2 x 2 ranks)\n  squeue -j 7\n  tail -F {log}\n  scancel 7\n")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert next(folder.glob("small-*.toml")).read_text() == CONFIG
+    assert (folder / "7" / "7_submitted.pkl").exists()
+    assert "#SBATCH --ntasks-per-node=1\n" in (tmp_path / "submitted.sh").read_text()
+    assert (tmp_path / "conf").read_text() == "/etc/here\n"
+
+
+def test_a_job_that_slurm_refuses_is_one_line(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _install(tmp_path, monkeypatch, 'echo "sbatch: error: invalid partition specified: x" >&2; exit 1')
+    text = _refused([config, "--nodes", "1", "--gpus-per-node", "2", "--partition", "x"], capsys, code=1)
+    assert text.splitlines()[-1] == (  # submitit has shown all that sbatch said
+        "error: sbatch: refused the job: sbatch: error: invalid partition specified: x. See the whole job with --dry-run."
+    )
+
+
+# ---- real jobs on this machine
+
+RANK = """
+import os, sys
+import torch, torch.distributed as dist
+from launchers.env import environment_of, read_launch
+os.environ.update(environment_of(read_launch(os.environ), os.environ))
+dist.init_process_group("gloo")
+total = torch.tensor(dist.get_rank() + 1)
+dist.all_reduce(total)
+print("total", total.item(), sys.argv[1:], flush=True)
+dist.destroy_process_group()
+"""
+
+
+def _run_locally(config: str, script: str, options: list[str]) -> int:
+    Path("rank.py").write_text(script)
+    own, overrides = split_overrides([config, "--nodes", "1", "--local", *options])
+    parsed = slurm.parser().parse_args(own)
+    return slurm.run_locally(slurm.prepare(parsed, overrides, Path("rank.py")), parsed)
+
+
+@pytest.mark.parametrize("tasks_per", ["node", "gpu"])
+def test_two_ranks_meet_in_a_local_job(config: str, capsys: pytest.CaptureFixture[str], tasks_per: str) -> None:
+    options = ["--gpus-per-node", "2", "--tasks-per", tasks_per, "--run.steps", "3"]
+    assert _run_locally(config, RANK, options) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("log: ")
+    assert "total 3 [" in text
+    assert "'--run.steps', '3']" in text
+
+
+def test_the_code_of_a_local_job_is_that_of_its_ranks(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--gpus-per-node", "1", "--tasks-per", "gpu"]
+    assert _run_locally(config, "raise SystemExit(5)", options) == 5
+    assert _run_locally(config, "import os; os.kill(os.getpid(), 9)", options) == 137
+
+
+REQUEUED = """
+import os, pathlib, signal, threading
+if not pathlib.Path("first").exists():
+    pathlib.Path("first").touch()
+    os.kill(os.getpid(), signal.SIGUSR2)   # ignored here, as in every process below the task
+    os.kill(os.getppid(), signal.SIGUSR2)  # what SLURM sends before the time is up
+    threading.Event().wait()
+print("second start", flush=True)
+"""
+
+
+def test_a_signalled_job_starts_again(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run_locally(config, REQUEUED, ["--gpus-per-node", "1", "--tasks-per", "gpu"]) == 0
+    assert capsys.readouterr().out.count("second start") == 1
+
+
+def test_help_names_every_option() -> None:
+    command = [sys.executable, slurm.__file__, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("usage: python launchers/slurm.py CONFIG --nodes N --gpus-per-node G [options]")
+    for option in (
+        "--constraint",
+        "--qos",
+        "--tasks-per",
+        "--signal-delay-s",
+        "--dry-run",
+        "--local",
+        "--section.field",
+    ):
+        assert option in done.stdout
