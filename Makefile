@@ -54,7 +54,7 @@ clean:
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) can't make virtual environments" \
 		"(no ensurepip). On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "making .venv with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv --clear .venv
+	@$(PYTHON) -m venv .venv && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@touch $@
 
 .venv/.torch: .venv/.made

@@ -154,8 +154,9 @@ class Checkpointer:
         """Save the state after `step`; return the seconds that the caller waited.
 
         Asynchronous: returns when the state is copied, after waiting for an earlier save that is still being written.
-        A step that is saved already and proved good is left as it is. Raises CheckpointError when this save (blocking)
-        or the one before it (asynchronous) failed, on every rank.
+        A step that is saved already and proved good is left as it is. `meta` is JSON with finite numbers; a held-out
+        loss that is not finite counts as none. Raises CheckpointError when this save (blocking) or the one before it
+        (asynchronous) failed, on every rank.
         """
         begin = time.perf_counter()
         self.wait()

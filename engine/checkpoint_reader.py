@@ -113,8 +113,7 @@ def open_checkpoint(
             raise CheckpointError(problem(f"{folder}: step", step, f"this run has checkpoints of steps {held}"))
         return _prove(folder / step_folder(step), weights_only, [])
     if best:
-        losses = {s: parse_manifest(read_manifest(folder / step_folder(s)), MANIFEST).heldout_loss for s in steps}
-        chosen = best_step(losses)
+        chosen = best_step({number: _loss_of(folder / step_folder(number)) for number in steps})
         if chosen is None:
             raise CheckpointError(problem(str(folder), "", "no checkpoint here has a held-out loss, so none is best"))
         return _prove(folder / step_folder(chosen), weights_only, [])
@@ -125,6 +124,13 @@ def open_checkpoint(
         except CheckpointError as error:
             refused.append(str(error))
     raise CheckpointError("\n".join([f"{folder}: no checkpoint can be loaded:", *(f"  {line}" for line in refused)]))
+
+
+def _loss_of(path: Path) -> float | None:
+    try:
+        return parse_manifest(read_manifest(path), MANIFEST).heldout_loss
+    except CheckpointError:
+        return None
 
 
 def _prove(path: Path, weights_only: bool, refused: list[str]) -> CheckpointReader:

@@ -210,8 +210,8 @@ def _header(items: Mapping[str, WriteItem], tensors: Mapping[str, torch.Tensor],
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The elements as bytes, without a copy when the tensor is contiguous on the host."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    """The elements as bytes, without a copy when the tensor is contiguous and on the host."""
+    flat = tensor.detach().cpu().reshape(-1)
     array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)
 

@@ -8,6 +8,7 @@ Source of the rewriting: transformers' convert_slow_tokenizer.py, SpmConverter.
 """
 
 import json
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
 from configs.errors import DataError, problem
+from engine.data.tokenizer import Tokenizer
 
 SPACE = "\u2581"  # how sentencepiece writes a space
-PASSED_ON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+PASSED_ON = ("special_tokens_map.json", "chat_template.jinja")
+# Of a sentencepiece model's settings: the others steer the tokenizer class that is not used.
+KEPT_SETTINGS = ("bos_token", "unk_token", "pad_token", "add_bos_token", "add_eos_token", "model_max_length")
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # SentencePiece.Type
@@ -28,7 +32,8 @@ _PROBES = (
     "Hello world",
     "  two  leading spaces,\ttabs\n\n\nand\r\nnew lines  \n",
     "def f(x, *, y=None):\n    return {'a': [1, 22, 333, -4.5e-6], **x}  # 100%\n",
-    "na\u00efve \u00dcber \u4f60\u597d \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \U0001f642\u200d\U0001f680 e\u0301 \ufb01 \u00bd \uff21",
+    "na\u00efve \u00dcber \u4f60\u597d \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \ufb01 \u00bd \uff21",
+    "\U0001f642\u200d\U0001f680 e\u0301",
     "a" * 70 + "=" * 81 + " " * 33 + "\u2581x",
     " ",
     "\n",
@@ -76,7 +81,8 @@ def _model(proto: Any, where: str) -> Any:
             fuse_unk=True,
             byte_fallback=byte_fallback,
         )
-    raise DataError(problem(where, "", "must be a BPE or unigram model to be rewritten as tokenizer.json"))
+    do = "Export without it: --tokenizer none."
+    raise DataError(problem(where, "", "must be a BPE or unigram model to be rewritten as tokenizer.json", do=do))
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
@@ -112,3 +118,53 @@ def _decoder(dummy_prefix: bool) -> Any:
 def _added(proto: Any, special: bool) -> list[AddedToken]:
     types = (_CONTROL, _UNKNOWN) if special else (_USER_DEFINED,)
     return [AddedToken(p.piece, normalized=False, special=special) for p in proto.pieces if p.type in types]
+
+
+def tokenizer_files(source: Path) -> dict[str, bytes]:
+    """Give the files, by name, that make AutoTokenizer read text as `source` does: a tokenizer.json or a .model.
+
+    Raises DataError where they can't be made.
+    """
+    tokenizer = Tokenizer(source)
+    files = {name: source.with_name(name) for name in PASSED_ON}
+    contents = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if source.suffix == ".json":
+        contents["tokenizer.json"] = source.read_bytes()
+        settings |= _settings(source)
+    else:
+        model = source.read_bytes()
+        original = sentencepiece.SentencePieceProcessor(model_proto=model)
+        contents["tokenizer.model"] = model
+        contents["tokenizer.json"] = rewritten(model, str(source)).to_str(pretty=False).encode()
+        named = {"unk_token": original.unk_id(), "bos_token": original.bos_id()}
+        settings |= {name: original.id_to_piece(i) for name, i in named.items() if i >= 0}
+        settings |= {name: value for name, value in _settings(source).items() if name in KEPT_SETTINGS}
+    settings["eos_token"] = tokenizer.eos_token
+    contents["tokenizer_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
+    return contents
+
+
+def special_ids(source: Path) -> tuple[int | None, int]:
+    """Give the ids that begin and end a text."""
+    tokenizer = Tokenizer(source)
+    return tokenizer.bos_id, tokenizer.eos_id
+
+
+def leading_ids(source: Path) -> list[int]:
+    """Give what transformers puts before a text: what the settings beside the file say, else what the file does.
+
+    A bare sentencepiece model means Llama's tokenizer, which begins a text with <s>.
+    """
+    begins = _settings(source).get("add_bos_token")
+    if begins is None and source.suffix == ".json":
+        encoding = tokenizers.Tokenizer.from_file(str(source)).encode("a")
+        pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        return [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
+    bos_id, _ = special_ids(source)
+    return [] if bos_id is None or begins is False else [bos_id]
+
+
+def _settings(source: Path) -> dict[str, Any]:
+    path = source.with_name("tokenizer_config.json")
+    return json.loads(path.read_bytes()) if path.is_file() else {}

@@ -17,9 +17,10 @@ from configs.schema import ModelConfig
 from engine.checkpoint_reader import CheckpointReader, open_checkpoint
 from models.hf_weights import HfWeights, parameter_shapes
 from models.llama import Llama
+from parallel.fsdp import DTYPES
 
 PREFIX = "model."  # of the model's tensors in a checkpoint
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -118,7 +119,7 @@ def _open_checkpoint(path: Path, step: int | None, best: bool) -> SavedModel:
         raise CheckpointError(problem(str(checkpoint.path), "", expected))
     folder = checkpoint.tokenizer_dir
     tokenizer = find_tokenizer(folder) if folder else None
-    dtype = COMPUTE_DTYPES[run.precision.compute]
+    dtype = DTYPES[run.precision.compute]
     return SavedModel(str(checkpoint.path), config, weights, dtype, tokenizer, tuple(checkpoint.refused))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
 
-from configs.check import resolve
+from configs.check import missing_files, resolve
 from configs.errors import ConfigError, RankFailure, RunError, problem
 from configs.load import find_config, load_config
 from configs.schema import Config
@@ -87,6 +87,7 @@ def prepare(options: argparse.Namespace, overrides: Sequence[str], script: Path 
         config = resolve(config, max(1, options.nodes * options.gpus_per_node))
     except ConfigError as error:
         problems += error.problems
+    problems += missing_files(config)
     if problems:
         raise ConfigError(problems)
     folder = Path(config.run.dir, config.run.name, "slurm").absolute()

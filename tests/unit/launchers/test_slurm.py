@@ -1,6 +1,8 @@
 """Submitting to SLURM: what is asked for, what is refused, and real jobs through submitit's local executor."""
 
 import argparse
+import json
+import math
 import stat
 import subprocess
 import sys
@@ -35,8 +37,9 @@ path = "store"
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A config in an empty working folder."""
+    """A config in a working folder of its own, and the store that it names."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "store").mkdir()
     (tmp_path / "small.toml").write_text(CONFIG)
     return "small.toml"
 
@@ -98,7 +101,7 @@ srun --unbuffered --output {folder}/%j/%j_%t_log.out --kill-on-bad-exit=1 --wait
 {train} {copy} --run.device cuda
 """
     )
-    assert list(tmp_path.iterdir()) == [tmp_path / "small.toml"]  # nothing was written
+    assert {path.name for path in tmp_path.iterdir()} == {"small.toml", "store"}  # nothing was written
 
 
 def test_dry_run_prints_one_task_a_gpu(config: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,14 +141,15 @@ def test_other_times_are_refused(text: str) -> None:
 
 def test_every_problem_of_options_and_config_is_listed(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--nodes", "3", "--gpus-per-node", "3", "--local", "--time", "2", "--sbatch", "reservation"]
-    lines = _refused([config, *options], capsys).splitlines()
+    lines = _refused([config, *options, "--data.stores.0.path", "lost"], capsys).splitlines()
     assert lines[:3] == [
         "error: --nodes = 3: must be 1 with --local (the local executor is this machine). Use --gpus-per-node.",
         "--time = '2 minutes': must be more than --signal-delay-s = 60 s and a minute "
         "(SLURM may send the signal a minute early, and the job would be queued again as soon as it starts).",
         "--sbatch = 'reservation': must be KEY=VALUE. For example --sbatch reservation=NAME.",
     ]
-    assert any(line.startswith("data.global_batch_size = 16") for line in lines[3:])
+    assert lines[3].startswith("data.global_batch_size = 16: must be a multiple of the 9 ranks")
+    assert lines[4].startswith("data.stores.0.path = 'lost': no such token store.")
 
 
 def test_counts_below_their_least_are_refused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,7 +208,8 @@ def test_a_job_that_slurm_refuses_is_one_line(
     _install(tmp_path, monkeypatch, 'echo "sbatch: error: invalid partition specified: x" >&2; exit 1')
     text = _refused([config, "--nodes", "1", "--gpus-per-node", "2", "--partition", "x"], capsys, code=1)
     assert text.splitlines()[-1] == (  # submitit has shown all that sbatch said
-        "error: sbatch: refused the job: sbatch: error: invalid partition specified: x. See the whole job with --dry-run."
+        "error: sbatch: refused the job: sbatch: error: invalid partition specified: x. "
+        "See the whole job with --dry-run."
     )
 
 
@@ -276,3 +281,17 @@ def test_help_names_every_option() -> None:
         "--section.field",
     ):
         assert option in done.stdout
+
+
+def test_debug_trains_on_two_ranks_in_a_local_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["debug", "--nodes", "1", "--gpus-per-node", "2", "--local", "--run.device", "cpu"]
+    arguments += ["--run.dir", str(tmp_path), "--run.steps", "4", "--checkpoint.every_steps", "2"]
+    arguments += ["--data.stores.0.path", str(tmp_path / "store"), "--data.stores.0.max_bytes", "300000"]
+    assert main(arguments) == 0, capsys.readouterr().out
+    run = tmp_path / "debug"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert sorted(losses) == [1, 2, 3, 4]
+    assert losses[4] < losses[1] < 1.2 * math.log(512)  # a vocabulary of 512, untrained
+    assert json.loads((run / "config.resolved.json").read_text())["parallel"]["dp_shard"] == 2
+    assert (run / "checkpoints" / "step-00000004").is_dir()

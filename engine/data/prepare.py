@@ -1,0 +1,363 @@
+"""A corpus -> a token store: find files, train or load the tokenizer, encode in parallel, write, publish at once.
+
+The store is a function of the corpus and the options: not of the number of workers, the time or the machine. A document
+is held out when the hash of its text says so, thus wherever and however often it occurs, it lies on one side.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.errors import ConfigError, DataError, problem
+from configs.schema import StoreConfig
+from engine.data.encoding import Encoded, Encoder, encode_corpus, num_workers, text_hash
+from engine.data.records import BadRecord
+from engine.data.sources import Corpus, find_files, listed_suffixes
+from engine.data.staging import refuse_existing, staged_folder
+from engine.data.store import (
+    DTYPES,
+    MANIFEST,
+    TOKEN_BYTES,
+    TOKENIZER,
+    Split,
+    SplitEntry,
+    StoreManifest,
+    TokenizerEntry,
+    TokenStore,
+    smallest_dtype,
+)
+from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer_training import SAMPLE_BYTES_PER_TOKEN, check_vocab, sample_texts, train_tokenizer
+from engine.data.writer import SHARD_BYTES, SplitWriter
+from engine.manifest import FileEntry, write_whole
+
+BAD_EXAMPLES = 20
+"""Bad records that are kept by name; all are counted."""
+DEFAULT_HELDOUT = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareOptions:
+    """What to prepare, and how."""
+
+    sources: tuple[str, ...]
+    out: Path
+    tokenizer: Path | None = None
+    train_tokenizer: int = 0
+    """Train a tokenizer of this many tokens instead of loading one."""
+    text_field: str = "text"
+    on_bad_record: Literal["fail", "skip"] = "fail"
+    heldout_fraction: float = DEFAULT_HELDOUT
+    """Share of the documents that is kept out of training; 0 keeps none."""
+    workers: int = 0
+    """Processes that tokenize; 0 takes one a core. The result doesn't depend on it."""
+    max_bytes: int = 0
+    """Stop before the document that would exceed this many bytes of text; 0 takes everything."""
+    eos_token: str = ""
+    bos: bool = False
+    """Begin each document with the begin-of-text token."""
+    dtype: Literal["auto", "uint16", "uint32"] = "auto"
+    shard_bytes: int = SHARD_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a preparation has come."""
+
+    stage: Literal["training the tokenizer", "tokenizing"]
+    done_bytes: int
+    total_bytes: int
+    """Bytes of the corpus on the disk."""
+    documents: int
+    tokens: int
+    bad_records: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A finished store and what became of the corpus."""
+
+    path: Path
+    manifest: StoreManifest
+
+    @property
+    def bad_records(self) -> dict[str, int]:
+        """Count the bad records by kind."""
+        return self.manifest.preparation["bad_records"]["counts"]
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def prepare_from_config(store: StoreConfig, progress: ProgressCallback | None = None) -> Path:
+    """Make the store of a config if its folder doesn't exist yet; return the folder."""
+    path = Path(store.path)
+    if path.exists():
+        return path
+    if not store.sources:
+        raise DataError(problem(str(path), "", "no such token store", do="Make it with tools/prepare.py."))
+    options = PrepareOptions(
+        sources=store.sources,
+        out=path,
+        tokenizer=Path(store.tokenizer) if store.tokenizer else None,
+        train_tokenizer=store.train_tokenizer,
+        max_bytes=store.max_bytes,
+    )
+    return prepare(options, progress).path
+
+
+def prepare(options: PrepareOptions, progress: ProgressCallback | None = None) -> Prepared:
+    """Write a token store; raises ConfigError or DataError, and then leaves nothing behind."""
+    _check_options(options)
+    refuse_existing(options.out)
+    if options.tokenizer is not None:
+        Tokenizer(options.tokenizer, options.eos_token)  # a wrong one is refused before anything is read
+    corpus = find_files(options.sources)
+    report = progress or _silent
+    with staged_folder(options.out) as folder:
+        tokenizer = _copy_tokenizer(options, corpus, folder, report)
+        build = _Build(options, corpus, folder, tokenizer)
+        try:
+            build.run(report)
+        finally:
+            build.close()
+        manifest = build.manifest()
+        write_whole(folder / MANIFEST, manifest.to_text().encode())
+    return Prepared(options.out, manifest)
+
+
+def is_held_out(hashes: npt.NDArray[np.uint64] | int, fraction: float) -> npt.NDArray[np.bool_]:
+    """Tell for each text hash whether the document is held out: the lowest `fraction` of all hashes is."""
+    return np.asarray(hashes, dtype=np.uint64) < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+
+
+def _silent(progress: Progress) -> None:
+    """Report to nobody."""
+
+
+def _check_options(options: PrepareOptions) -> None:
+    problems = []
+    if (options.tokenizer is None) == (options.train_tokenizer == 0):
+        do = "Give either --tokenizer FILE or --train-tokenizer VOCAB."
+        problems.append(problem("tokenizer", "", "exactly one way to get one is expected", do=do))
+    if options.train_tokenizer and options.eos_token:
+        why = "a trained tokenizer's is </s>"
+        problems.append(problem("--eos-token", options.eos_token, "goes with --tokenizer only", why))
+    if not 0 <= options.heldout_fraction < 1:
+        problems.append(problem("--heldout-fraction", options.heldout_fraction, "must be at least 0 and below 1"))
+    for name in ("workers", "max_bytes"):
+        if getattr(options, name) < 0:
+            where = f"--{name.replace('_', '-')}"
+            problems.append(problem(where, getattr(options, name), "must not be negative"))
+    if problems:
+        raise ConfigError(problems)
+    if options.train_tokenizer:
+        check_vocab(options.train_tokenizer)
+
+
+def _copy_tokenizer(options: PrepareOptions, corpus: Corpus, folder: Path, report: ProgressCallback) -> Tokenizer:
+    """Put the tokenizer into the store and load it from there."""
+    if options.tokenizer is not None:
+        Tokenizer(options.tokenizer, options.eos_token).copy_to(folder / TOKENIZER)
+    else:
+        report(Progress("training the tokenizer", 0, corpus.size_bytes, 0, 0, 0))
+        budget = options.train_tokenizer * SAMPLE_BYTES_PER_TOKEN
+
+        def is_trained_on(text: str) -> bool:
+            return not is_held_out(text_hash(text), options.heldout_fraction)
+
+        sample = sample_texts(corpus, options.text_field, budget, options.max_bytes, is_trained_on)
+        trained = folder / "trained.model"
+        train_tokenizer(sample, options.train_tokenizer, trained)
+        Tokenizer(trained).copy_to(folder / TOKENIZER)
+        trained.unlink()
+    return Tokenizer(folder / TOKENIZER)
+
+
+@dataclass
+class _Build:
+    """The store while it is being written."""
+
+    options: PrepareOptions
+    corpus: Corpus
+    folder: Path
+    tokenizer: Tokenizer
+    bad_counts: Counter[str] = field(default_factory=Counter)
+    bad_examples: list[str] = field(default_factory=list)
+    inexact: int = 0
+    total_bytes: int = 0
+    """Bytes of text taken so far."""
+    lowest: int = 1 << 64
+    """The lowest hash of a document in the train split, and which documents have it."""
+    lowest_documents: list[int] = field(default_factory=list)
+    entries: dict[str, SplitEntry] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.dtype = _dtype(self.options, self.tokenizer)
+        self.shard_tokens = max(1, self.options.shard_bytes // DTYPES[self.dtype].itemsize)
+        if self.options.bos and self.tokenizer.bos_id is None:
+            raise DataError(problem(str(self.tokenizer.path), "", "has no begin-of-text token", do="Leave out --bos."))
+        self.train = SplitWriter(self.folder / "train", self.dtype, self.shard_tokens)
+        self.heldout = SplitWriter(self.folder / "heldout", self.dtype, self.shard_tokens)
+
+    def run(self, report: ProgressCallback) -> None:
+        """Encode the corpus and write both splits."""
+        encoder = Encoder(self.folder / TOKENIZER, "", self.options.text_field, self.dtype, self.options.bos)
+        workers = num_workers(self.options.workers, self.options.max_bytes or self.corpus.size_bytes)
+        done = 0
+        chunks = encode_corpus(self.corpus, encoder, workers)
+        try:
+            for chunk in chunks:
+                done += chunk.disk_bytes
+                more = self._take(chunk)
+                documents = self.train.documents + self.heldout.documents
+                tokens = self.train.tokens + self.heldout.tokens
+                bad = sum(self.bad_counts.values())
+                report(Progress("tokenizing", done, self.corpus.size_bytes, documents, tokens, bad))
+                if not more:
+                    break
+        finally:
+            chunks.close()  # stops the workers, now and not when the generator is collected
+        self._finish()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.train.close()
+        self.heldout.close()
+
+    def manifest(self) -> StoreManifest:
+        """Describe the finished store."""
+        tokenizer, options = self.tokenizer, self.options
+        files = {f"{TOKENIZER}/{file.name}": _sync(file) for file in sorted((self.folder / TOKENIZER).iterdir())}
+        files[TOKEN_BYTES] = write_whole(self.folder / TOKEN_BYTES, tokenizer.token_bytes().astype("<u2").tobytes())
+        bos = tokenizer.bos_id if options.bos else None
+        entry = TokenizerEntry(
+            kind=tokenizer.kind,
+            sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            bos_id=bos,
+            prefix_bytes=tokenizer.prefix_bytes(),
+            files=files,
+        )
+        preparation: dict[str, Any] = {
+            "sources": list(options.sources),
+            "files": len(self.corpus.files),
+            "left_out": self.corpus.left_out,
+            "text_field": options.text_field,
+            "heldout_fraction": options.heldout_fraction,
+            "max_bytes": options.max_bytes,
+            "bad_records": {"counts": dict(sorted(self.bad_counts.items())), "examples": self.bad_examples},
+            "inexact_documents": self.inexact,
+        }
+        return StoreManifest(self.dtype, self.shard_tokens, entry, self.entries, preparation)
+
+    def _take(self, chunk: Encoded) -> bool:
+        """Write the documents of a chunk; False when max_bytes is reached."""
+        limit = self.options.max_bytes
+        ends = self.total_bytes + np.cumsum(chunk.num_bytes)
+        count = int(np.searchsorted(ends, limit, side="right")) if limit else len(ends)
+        more = count == len(ends)
+        for before, record in chunk.bad:
+            if more or before < count:
+                self._note(record)
+        if not more and self.total_bytes == 0 and count == 0:
+            what = f"is less than the first document, of {int(chunk.num_bytes[0])} bytes"
+            raise DataError(problem("max_bytes", limit, what, do="Allow more."))
+        tokens = chunk.tokens[: int(chunk.lengths[:count].sum())]
+        lengths, num_bytes, hashes = chunk.lengths[:count], chunk.num_bytes[:count], chunk.hashes[:count]
+        self.total_bytes += int(num_bytes.sum())
+        self.inexact += chunk.inexact
+        held = is_held_out(hashes, self.options.heldout_fraction)
+        self._watch_lowest(hashes[~held])
+        for writer, side in ((self.train, ~held), (self.heldout, held)):
+            writer.append(tokens[np.repeat(side, lengths)], lengths[side], num_bytes[side])
+        return more
+
+    def _note(self, record: BadRecord) -> None:
+        if self.options.on_bad_record == "fail":
+            do = "Repair it, or leave such records out: tools/prepare.py --on-bad-record skip."
+            raise DataError(f"{record}. {do}")
+        self.bad_counts[record.kind] += 1
+        if len(self.bad_examples) < BAD_EXAMPLES:
+            self.bad_examples.append(f"{record.kind}: {record}")
+
+    def _watch_lowest(self, hashes: npt.NDArray[np.uint64]) -> None:
+        """Remember which train documents would be held out first, if no other is."""
+        if self.heldout.documents or not len(hashes):
+            return
+        lowest = int(hashes.min())
+        if lowest < self.lowest:
+            self.lowest, self.lowest_documents = lowest, []
+        if lowest == self.lowest:
+            first = self.train.documents
+            self.lowest_documents += [first + int(index) for index in np.flatnonzero(hashes == np.uint64(lowest))]
+
+    def _finish(self) -> None:
+        if self.train.documents + self.heldout.documents == 0:
+            raise DataError(self._nothing_found())
+        if self.train.documents == 0:
+            do = "Lower --heldout-fraction."
+            raise DataError(problem(str(self.options.out), "", "every document would be held out", do=do))
+        self.entries = {"train": self.train.finish(), "heldout": self.heldout.finish()}
+        others = self.train.documents - len(self.lowest_documents)
+        if self.heldout.documents == 0 and self.options.heldout_fraction > 0 and others > 0:
+            self._hold_out_lowest()
+
+    def _hold_out_lowest(self) -> None:
+        """Write the splits again with the document of the lowest hash held out: a small corpus needs one too."""
+        (self.folder / "train").rename(self.folder / "undivided")
+        whole = Split(self.folder / "undivided", self.entries["train"], self.dtype, self.shard_tokens)
+        for name in ("train", "heldout"):
+            _remove_files(self.folder / name)
+        self.train = SplitWriter(self.folder / "train", self.dtype, self.shard_tokens)
+        self.heldout = SplitWriter(self.folder / "heldout", self.dtype, self.shard_tokens)
+        chosen = set(self.lowest_documents)
+        for document in range(whole.num_documents):
+            tokens = whole.read(int(whole.offsets[document]), int(whole.offsets[document + 1]))
+            num_bytes = whole.document_bytes[document : document + 1].astype(np.int64)
+            writer = self.heldout if document in chosen else self.train
+            writer.append(tokens, np.array([len(tokens)], dtype=np.int64), num_bytes)
+        self.entries = {"train": self.train.finish(), "heldout": self.heldout.finish()}
+        _remove_files(self.folder / "undivided")
+
+    def _nothing_found(self) -> str:
+        """Say why a corpus of files has no document."""
+        reasons = [f"{count} {kind}" for kind, count in sorted(self.bad_counts.items())]
+        reasons += [f"left out: {listed_suffixes(self.corpus.left_out)}"] if self.corpus.left_out else []
+        where = ", ".join(map(repr, self.options.sources))
+        first = f"The first: {self.bad_examples[0]}" if self.bad_examples else ""
+        return problem(where, "", f"no document in {len(self.corpus.files)} files", "; ".join(reasons), first)
+
+
+def _dtype(options: PrepareOptions, tokenizer: Tokenizer) -> str:
+    smallest = smallest_dtype(tokenizer.vocab_size)
+    if options.dtype == "auto":
+        return smallest
+    most = 1 << 8 * DTYPES[options.dtype].itemsize
+    if tokenizer.vocab_size > most:
+        what = f"must hold the {tokenizer.vocab_size} tokens of {tokenizer.path.name}"
+        raise DataError(problem("dtype", options.dtype, what, f"it holds {most}", f"Use {smallest}."))
+    return options.dtype
+
+
+def _sync(path: Path) -> FileEntry:
+    """Write a copied file again, through to the disk, and return its entry."""
+    data = path.read_bytes()
+    path.unlink()
+    return write_whole(path, data)
+
+
+def _remove_files(folder: Path) -> None:
+    if folder.is_dir():
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+
+
+__all__ = ["PrepareOptions", "Prepared", "Progress", "TokenStore", "prepare", "prepare_from_config"]

@@ -1,0 +1,168 @@
+"""Exchange models with Hugging Face: start a run from a folder, or make a folder from a run.
+
+    python tools/convert.py import HF_FOLDER CONFIG.toml [--store STORE]
+    python tools/convert.py export RUN_OR_CHECKPOINT OUT [--step N | --best] [--dtype bf16|fp32]
+
+import copies no weights: it proves the folder, compares its headers with the model and writes a config whose
+model.init_from names it; every rank then reads its own slices. export streams tensor by tensor and writes what
+transformers' AutoModelForCausalLM and AutoTokenizer load.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from configs.check import resolve
+from configs.errors import CheckpointError, ConfigError, RunError, problem
+from configs.load import to_toml
+from configs.schema import Config, DataConfig, LrConfig, OptimConfig, RunConfig, StoreConfig
+from engine.hf_tokenizer import special_ids, tokenizer_files
+from engine.saved_model import SavedModel, open_model
+from models.flops import num_params
+from models.hf_write import MAX_SHARD_BYTES, write_hf
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SEQ_LEN_TOKENS = 2048  # of an imported config: a first run should fit; the user raises it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; return the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        args.do(args)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    assert __doc__ is not None, "the module docstring is the help text"
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="tools/convert.py", description=__doc__, formatter_class=formatter)
+    commands = parser.add_subparsers(required=True, metavar="import | export")
+    reading = commands.add_parser("import", help="write a config that starts from a Hugging Face folder")
+    reading.add_argument("folder", type=Path, metavar="HF_FOLDER", help="config.json and *.safetensors")
+    reading.add_argument("config", type=Path, metavar="CONFIG.toml", help="config to write")
+    reading.add_argument("--store", default="", help="token store to train on (default: data/NAME of the config)")
+    reading.set_defaults(do=_import)
+    writing = commands.add_parser("export", help="write a Hugging Face folder from a run or a checkpoint")
+    writing.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="runs/NAME or one of its checkpoints")
+    writing.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
+    chosen = writing.add_mutually_exclusive_group()
+    chosen.add_argument("--step", type=int, help="checkpoint of this step (default: the newest good one)")
+    chosen.add_argument("--best", action="store_true", help="checkpoint with the lowest held-out loss")
+    writing.add_argument("--dtype", choices=sorted(DTYPES), help="stored format (default: the run's compute format)")
+    writing.add_argument(
+        "--max-shard-gb", type=float, default=MAX_SHARD_BYTES / 1e9, help="largest file (default: %(default)g)"
+    )
+    writing.add_argument(
+        "--tokenizer", default="", help="tokenizer.json or .model, or none (default: the one saved with the model)"
+    )
+    writing.set_defaults(do=_export)
+    return parser
+
+
+def _import(args: argparse.Namespace) -> None:
+    """Prove the folder and write a config that starts from it."""
+    if args.config.exists():
+        do = "Remove it or give another name."
+        raise ConfigError(problem(str(args.config), "", "exists already", "nothing is ever overwritten", do))
+    saved = open_model(args.folder)
+    name = args.config.stem
+    store = args.store or f"data/{name}"
+    config = Config(
+        run=RunConfig(name=name, steps=1000),
+        model=replace(saved.config, init_from=str(args.folder.resolve())),
+        data=DataConfig(
+            stores=(StoreConfig(path=store),),
+            seq_len=min(SEQ_LEN_TOKENS, saved.config.max_seq_len),
+            global_batch_size=8,
+        ),
+        optim=OptimConfig(lr=2e-5),
+        lr=LrConfig(warmup_steps=50),
+    )
+    resolve(config, world_size=1)
+    billions = num_params(config.model) / 1e9
+    head = f"# torchrun --nproc-per-node 2 launchers/train.py {args.config}\n"
+    head += f"# Trains the {billions:.3g}B parameters of {args.folder.resolve().name} further; run, data, optim and lr "
+    head += "are a start, change them at will.\n\n"
+    _write_text(args.config, head + to_toml(config))
+    print(f"{args.folder}: {billions:.3g}B parameters, every tensor in place")
+    print(f"wrote {args.config}")
+    if not Path(store).exists():
+        tokenizer = saved.tokenizer or "TOKENIZER"
+        print(f"next: python tools/prepare.py YOUR_TEXT --tokenizer {tokenizer} --out {store}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    """Write the model and its tokenizer as a Hugging Face folder."""
+    if not args.max_shard_gb > 0:
+        raise ConfigError(problem("--max-shard-gb", args.max_shard_gb, "must be more than 0"))
+    saved = open_model(args.source, step=args.step, best=args.best)
+    for note in saved.notes:
+        print(f"note: {note}", file=sys.stderr)
+    tokenizer = _tokenizer(args.tokenizer, saved)
+    bos_id, eos_id = special_ids(tokenizer) if tokenizer else (None, None)
+    dtype = DTYPES[args.dtype] if args.dtype else saved.dtype
+    write_hf(
+        args.out,
+        saved.config,
+        _with_progress(saved),
+        dtype=dtype,
+        max_shard_bytes=int(args.max_shard_gb * 1e9),
+        bos_id=bos_id,
+        eos_id=eos_id,
+        extra_files=tokenizer_files(tokenizer) if tokenizer else {},
+    )
+    size_gb = sum(path.stat().st_size for path in args.out.iterdir()) / 1e9
+    print(f"{saved.where} -> {args.out}: {num_params(saved.config):,} parameters, {dtype}, {size_gb:.3g} GB")
+    if tokenizer is None:
+        print("without a tokenizer")
+
+
+def _tokenizer(given: str, saved: SavedModel) -> Path | None:
+    """The tokenizer file to export, None for none."""
+    if given == "none":
+        return None
+    path = Path(given) if given else saved.tokenizer
+    if path is None:
+        do = "Give --tokenizer FILE, or --tokenizer none."
+        raise CheckpointError(problem(saved.where, "", "no tokenizer was saved with the model", do=do))
+    if not path.is_file():
+        raise ConfigError(problem("--tokenizer", given, "no such file", do="Give a tokenizer.json or a .model file."))
+    return path
+
+
+def _with_progress(saved: SavedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass the tensors on; on a terminal, say how far it is."""
+    done, total = 0, num_params(saved.config)
+    for name, tensor in saved.tensors():
+        done += tensor.numel()
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{100 * done // total:3d}% {name}", end="", file=sys.stderr, flush=True)
+        yield name, tensor
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise ConfigError(problem(str(path), "", f"can't be written: {error}")) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Continue a prompt with a trained model; the text appears as it is made.
+
+    python tools/generate.py RUN_OR_CHECKPOINT_OR_HF_FOLDER --prompt "Once upon a time" [--greedy] [--seed N]
+
+Text goes to the standard output, speed and remarks to the standard error. The tokenizer is the one saved with the
+model. An empty prompt starts a new document.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from configs.errors import CheckpointError, ConfigError, RunError, problem
+from engine.data.tokenizer import Tokenizer
+from engine.generate import Sampling, generate
+from engine.hf_tokenizer import leading_ids
+from engine.saved_model import SavedModel, load_model, open_model
+from models.hf_weights import HfWeights
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Generate once; return the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        _generate(args)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print()
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    assert __doc__ is not None, "the module docstring is the help text"
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="tools/generate.py", description=__doc__, formatter_class=formatter)
+    parser.add_argument("source", type=Path, metavar="FOLDER", help="runs/NAME, a checkpoint or a Hugging Face folder")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--step", type=int, help="checkpoint of this step (default: the newest good one)")
+    chosen.add_argument("--best", action="store_true", help="checkpoint with the lowest held-out loss")
+    parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="stop after so many (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="mass to draw from (default: %(default)s)")
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token; same as --temperature 0")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
+    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="format to compute in (default: the model's own)")
+    parser.add_argument("--tokenizer", default="", help="tokenizer.json or .model (default: the one with the model)")
+    return parser
+
+
+def _generate(args: argparse.Namespace) -> None:
+    sampling = Sampling(
+        max_new_tokens=args.max_new_tokens,
+        temperature=0.0 if args.greedy else args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    device = _device(args.device)
+    saved = open_model(args.source, step=args.step, best=args.best)
+    for note in saved.notes:
+        print(f"note: {note}", file=sys.stderr)
+    tokenizer = _tokenizer(args.tokenizer, saved)
+    prompt = _prompt(args.prompt, tokenizer, saved)
+    model = load_model(saved, device, DTYPES[args.dtype] if args.dtype else saved.dtype)
+    stream = tokenizer.stream()
+    num_tokens = 0
+    print(args.prompt, end="", flush=True)
+    begin = time.perf_counter()
+    for token in generate(model, prompt, sampling, tokenizer.eos_id):
+        num_tokens += 1
+        print(stream.push(token), end="", flush=True)
+    print(stream.finish(), flush=True)
+    took_s = time.perf_counter() - begin
+    print(f"{num_tokens} tokens, {num_tokens / took_s:.1f} tokens/s on {device} ({saved.where})", file=sys.stderr)
+    if len(prompt) + num_tokens == saved.config.max_seq_len and num_tokens < sampling.max_new_tokens:
+        print(f"note: the model's context of {saved.config.max_seq_len} tokens is full", file=sys.stderr)
+
+
+def _device(name: str) -> torch.device:
+    """The device to compute on; ConfigError for one that is not there."""
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(chosen)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(problem("--device", chosen, "can't be used", reason, "Use --device cpu.")) from None
+    return device
+
+
+def _tokenizer(given: str, saved: SavedModel) -> Tokenizer:
+    """The tokenizer to read and write text with, checked against the model's vocabulary."""
+    path = Path(given) if given else saved.tokenizer
+    if path is None:
+        do = "Give --tokenizer FILE."
+        raise CheckpointError(problem(saved.where, "", "no tokenizer was saved with the model", do=do))
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size > saved.config.vocab_size:
+        expected = f"must be at most model.vocab_size = {saved.config.vocab_size}"
+        why = "the tokenizer is not the one the model was trained with"
+        raise ConfigError(problem(f"tokens of {path}", tokenizer.vocab_size, expected, why))
+    return tokenizer
+
+
+def _prompt(text: str, tokenizer: Tokenizer, saved: SavedModel) -> list[int]:
+    """The ids to continue: as transformers would begin a text for a Hugging Face folder, as training did for a run."""
+    leading = leading_ids(tokenizer.path) if isinstance(saved.reader, HfWeights) else []
+    return leading + tokenizer.encode(text) or [tokenizer.eos_id]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
