@@ -49,6 +49,7 @@ clean:
 .venv/.made:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed and none was found;" \
 		"install it, or say where it is: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "error: no such program: $(PYTHON)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is" \
 		"$$($(PYTHON) --version 2>&1); Python 3.11 or newer is needed. make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) can't make virtual environments" \

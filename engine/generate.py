@@ -7,14 +7,17 @@ Source of top-p: arXiv:1904.09751 section 3.1.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from configs.errors import ConfigError, problem
 from models.llama import LayerCache, Llama
+
+Cache = dict[str, LayerCache]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +46,22 @@ class Sampling:
             raise ConfigError(problems)
 
 
-def generate(model: Llama, prompt: Sequence[int], sampling: Sampling, eos_id: int | None = None) -> Iterator[int]:
+def generate(
+    model: Llama,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    eos_id: int | None = None,
+    vocab_size: int | None = None,
+) -> Iterator[int]:
     """Yield the tokens that follow `prompt`, each as soon as it is known, up to and without `eos_id`.
 
-    Raises ConfigError, before the first token, for a prompt that is empty, too long, or holds unknown tokens.
+    Only ids below `vocab_size` are chosen: an embedding may have more rows than the tokenizer has tokens. Raises
+    ConfigError, before the first token, for a prompt that is empty, too long, or holds unknown tokens.
     """
     _check_prompt(model, prompt)
     num_tokens = min(sampling.max_new_tokens, model.config.max_seq_len - len(prompt))
-    return _stream(model, prompt, sampling, eos_id, num_tokens)
+    choose = partial(_next, model, sampling, torch.Generator().manual_seed(sampling.seed), vocab_size)
+    return _stream(choose, prompt, model.new_cache(len(prompt) + num_tokens), eos_id, num_tokens)
 
 
 def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -78,13 +89,11 @@ def _check_prompt(model: Llama, prompt: Sequence[int]) -> None:
 
 
 def _stream(
-    model: Llama, prompt: Sequence[int], sampling: Sampling, eos_id: int | None, num_tokens: int
+    choose: Callable[[list[int], Cache], int], prompt: Sequence[int], cache: Cache, eos_id: int | None, num_tokens: int
 ) -> Iterator[int]:
-    generator = torch.Generator().manual_seed(sampling.seed)
-    cache = model.new_cache(len(prompt) + num_tokens)
     newest = list(prompt)
     for _ in range(num_tokens):
-        token = next_token(_last_logits(model, newest, cache), sampling, generator)
+        token = choose(newest, cache)
         if token == eos_id:
             return
         yield token
@@ -92,6 +101,13 @@ def _stream(
 
 
 @torch.inference_mode()  # around each step, not the generator: a mode must not stay on between yields
-def _last_logits(model: Llama, tokens: list[int], cache: dict[str, LayerCache]) -> Tensor:
-    hidden = model(torch.tensor([tokens], device=model.embed_tokens.weight.device), cache=cache)
-    return model.lm_head(hidden[0, -1]).float()
+def _next(
+    model: Llama,
+    sampling: Sampling,
+    generator: torch.Generator,
+    vocab_size: int | None,
+    newest: list[int],
+    cache: Cache,
+) -> int:
+    hidden = model(torch.tensor([newest], device=model.embed_tokens.weight.device), cache=cache)
+    return next_token(model.lm_head(hidden[0, -1])[:vocab_size].float(), sampling, generator)

@@ -313,7 +313,7 @@ DOCUMENTS = [
     if path.is_file()
 ]
 OUR_FOLDERS = {*ROOMS, "tests", "docs", ".ci"}
-PLACEHOLDER = re.compile(r"[A-Z]{3,}/|/[A-Z]{3,}|[*<>{}$]|\.{3}")  # configs/NAME.toml
+PLACEHOLDER = re.compile(r"[A-Z]{3,}/|/[A-Z]{3,}|/my[-_]|[*<>{}$]|\.{3}")  # configs/NAME.toml, configs/my-1b.toml
 
 
 def _code_blocks(text: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Exchange models with Hugging Face: start a run from a folder, or make a folder from a run.
 
-    python tools/convert.py import HF_FOLDER CONFIG.toml [--store STORE]
+    python tools/convert.py import HF_FOLDER --out CONFIG.toml [--store STORE]
     python tools/convert.py export RUN_OR_CHECKPOINT OUT [--step N | --best] [--dtype bf16|fp32]
 
 import copies no weights: it proves the folder, compares its headers with the model and writes a config whose
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="import | export")
     reading = commands.add_parser("import", help="write a config that starts from a Hugging Face folder")
     reading.add_argument("folder", type=Path, metavar="HF_FOLDER", help="config.json and *.safetensors")
-    reading.add_argument("config", type=Path, metavar="CONFIG.toml", help="config to write")
+    reading.add_argument("--out", type=Path, required=True, metavar="CONFIG.toml", help="config to write")
     reading.add_argument("--store", default="", help="token store to train on (default: data/NAME of the config)")
     reading.set_defaults(do=_import)
     writing = commands.add_parser("export", help="write a Hugging Face folder from a run or a checkpoint")
@@ -72,11 +72,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _import(args: argparse.Namespace) -> None:
     """Prove the folder and write a config that starts from it."""
-    if args.config.exists():
+    if args.out.exists():
         do = "Remove it or give another name."
-        raise ConfigError(problem(str(args.config), "", "exists already", "nothing is ever overwritten", do))
+        raise ConfigError(problem(str(args.out), "", "exists already", "nothing is ever overwritten", do))
     saved = open_model(args.folder)
-    name = args.config.stem
+    name = args.out.stem
     store = args.store or f"data/{name}"
     config = Config(
         run=RunConfig(name=name, steps=1000),
@@ -91,12 +91,12 @@ def _import(args: argparse.Namespace) -> None:
     )
     resolve(config, world_size=1)
     billions = num_params(config.model) / 1e9
-    head = f"# torchrun --nproc-per-node 2 launchers/train.py {args.config}\n"
+    head = f"# torchrun --nproc-per-node 2 launchers/train.py {args.out}\n"
     head += f"# Trains the {billions:.3g}B parameters of {args.folder.resolve().name} further; run, data, optim and lr "
     head += "are a start, change them at will.\n\n"
-    _write_text(args.config, head + to_toml(config))
+    _write_text(args.out, head + to_toml(config))
     print(f"{args.folder}: {billions:.3g}B parameters, every tensor in place")
-    print(f"wrote {args.config}")
+    print(f"wrote {args.out}")
     if not Path(store).exists():
         tokenizer = saved.tokenizer or "TOKENIZER"
         print(f"next: python tools/prepare.py YOUR_TEXT --tokenizer {tokenizer} --out {store}")

@@ -79,7 +79,7 @@ def _generate(args: argparse.Namespace) -> None:
     num_tokens = 0
     print(args.prompt, end="", flush=True)
     begin = time.perf_counter()
-    for token in generate(model, prompt, sampling, tokenizer.eos_id):
+    for token in generate(model, prompt, sampling, tokenizer.eos_id, tokenizer.vocab_size):
         num_tokens += 1
         print(stream.push(token), end="", flush=True)
     print(stream.finish(), flush=True)

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class Encoded:
 
 def text_hash(text: str) -> int:
     """Hash a document to 64 bits; its side of the held-out split is a function of this number."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"ropewalk-split").digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"ropewalk-heldout").digest(), "little")
 
 
 def num_workers(asked: int, corpus_bytes: int) -> int:
@@ -76,7 +76,7 @@ def num_workers(asked: int, corpus_bytes: int) -> int:
     return max(1, min(cores, corpus_bytes // _BYTES_PER_WORKER))
 
 
-def encode_corpus(corpus: Corpus, encoder: Encoder, workers: int) -> Iterator[Encoded]:
+def encode_corpus(corpus: Corpus, encoder: Encoder, workers: int) -> Generator[Encoded, None, None]:
     """Yield the encoded chunks of a corpus in order; with one worker everything happens in this process."""
     chunks = _chunks(corpus, encoder.text_field)
     if workers == 1:

@@ -19,7 +19,7 @@ def permute(index: npt.ArrayLike, size: int, key: tuple[int, ...]) -> npt.NDArra
     """Return where a permutation of range(size) sends each element of `index`; every key is another permutation."""
     values = np.atleast_1d(np.asarray(index, dtype=np.int64))
     assert 1 <= size < 1 << 62, f"a permutation of {size} elements"
-    assert values.size == 0 or (0 <= values.min() and values.max() < size), f"index outside of 0..{size - 1}"
+    assert values.size == 0 or (values.min() >= 0 and values.max() < size), f"index outside of 0..{size - 1}"
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     round_keys = _round_keys(key, size)
     result = _feistel(values.astype(np.uint64), half_bits, round_keys)

@@ -281,7 +281,8 @@ class _Build:
 
     def _note(self, record: BadRecord) -> None:
         if self.options.on_bad_record == "fail":
-            do = "Repair it, or leave such records out: tools/prepare.py --on-bad-record skip."
+            repair = "Name the field by --text-field" if record.kind == "missing_field" else "Repair it"
+            do = f"{repair}, or leave such records out: tools/prepare.py --on-bad-record skip."
             raise DataError(f"{record}. {do}")
         self.bad_counts[record.kind] += 1
         if len(self.bad_examples) < BAD_EXAMPLES:

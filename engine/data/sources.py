@@ -20,11 +20,15 @@ from configs.errors import DataError, problem
 STDLIB = "python-stdlib"
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .markdown .rst .org .tex .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .cu .cuh .java .kt .scala .js .jsx"
-    " .mjs .ts .tsx .go .rs .rb .php .pl .lua .r .jl .swift .hs .ml .clj .ex .erl .el .lisp .scm .sh .bash .zsh .sql"
-    " .css .scss .html .htm .xml .toml .yaml .yml .ini .cfg .cmake .proto .f90 .f .m .cs .fs .vb .asm .s .v .sv .vhd"
-    " .log .srt .vtt".split()
-)
+    (
+        ".txt", ".text", ".log", ".md", ".markdown", ".rst", ".org", ".tex", ".html", ".htm", ".xml", ".srt", ".vtt",
+        ".toml", ".yaml", ".yml", ".ini", ".cfg", ".cmake", ".css", ".scss", ".sql", ".proto",
+        ".py", ".pyi", ".pyx", ".r", ".jl", ".rb", ".php", ".pl", ".lua", ".sh", ".bash", ".zsh", ".m",
+        ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala", ".go", ".rs", ".swift",
+        ".js", ".jsx", ".mjs", ".ts", ".tsx", ".cs", ".vb", ".fs", ".hs", ".ml", ".clj", ".ex", ".erl", ".el", ".lisp",
+        ".scm", ".f90", ".f", ".asm", ".s", ".v", ".sv", ".vhd",
+    )
+)  # fmt: skip
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules", "site-packages"})
 _STDLIB_SKIPPED = _SKIPPED_FOLDERS | {"test", "tests", "idle_test", "dist-packages", "lib-dynload"}
 

@@ -109,7 +109,7 @@ class Split:
             for index in range(num_shards(entry.tokens, shard_tokens))
         ]
 
-    def read(self, start: int, stop: int) -> npt.NDArray[np.integer[Any]]:
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Copy tokens start..stop-1 of the split (tokens), in the store's own type."""
         assert 0 <= start <= stop <= self.num_tokens, f"tokens {start}..{stop} of {self.num_tokens}"
         size, out, filled = self._shard_tokens, np.empty(stop - start, dtype=self._dtype), 0

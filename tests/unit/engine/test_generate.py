@@ -70,6 +70,13 @@ def test_generation_stops_where_the_models_context_ends(model: Llama) -> None:
     assert len(list(generate(model, PROMPT, Sampling(max_new_tokens=1000, temperature=0)))) == 64 - len(PROMPT)
 
 
+def test_rows_of_the_embedding_without_a_token_are_never_chosen(model: Llama) -> None:
+    free = list(generate(model, PROMPT, Sampling(max_new_tokens=50, temperature=3.0, top_p=1.0)))
+    bound = list(generate(model, PROMPT, Sampling(max_new_tokens=50, temperature=3.0, top_p=1.0), vocab_size=20))
+    assert max(free) >= 20
+    assert max(bound) < 20
+
+
 def test_gradients_are_on_again_between_tokens(model: Llama) -> None:
     for _ in generate(model, PROMPT, Sampling(max_new_tokens=2)):
         assert torch.is_grad_enabled()

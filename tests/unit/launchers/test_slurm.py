@@ -223,7 +223,8 @@ os.environ.update(environment_of(read_launch(os.environ), os.environ))
 dist.init_process_group("gloo")
 total = torch.tensor(dist.get_rank() + 1)
 dist.all_reduce(total)
-print("total", total.item(), sys.argv[1:], flush=True)
+if dist.get_rank() == 0:  # two ranks' words would mix in the one log
+    print("total", total.item(), sys.argv[1:], flush=True)
 dist.destroy_process_group()
 """
 

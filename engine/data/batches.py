@@ -1,0 +1,208 @@
+"""The batch of a step: a pure function of (config, seed, step), whatever the number of ranks.
+
+The global batch of step k (counted from 0) is samples k * G .. (k + 1) * G - 1 of the run; rank r of n takes the r-th
+of n equal slices, cut into microbatches. So there is no loader state: a run that resumes on another layout goes on with
+the same tokens. Held-out batches are the same sequences on any number of ranks, and no randomness is in them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.errors import DataError, problem
+from configs.schema import DataConfig
+from engine.data.mix import Mix, apportion
+from engine.data.order import permute
+from engine.data.sequences import IGNORE, Rows, Sequences
+from engine.data.store import TokenStore
+
+__all__ = ["IGNORE", "Batch", "Batches"]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some sequences; all tensors are (batch, seq) int64."""
+
+    tokens: Tensor
+    targets: Tensor
+    """The token that follows, or IGNORE."""
+    positions: Tensor | None
+    """Place within the document; None where it is the place within the sequence."""
+    documents: Tensor | None
+    """Attention stays within one number, which rises from 0 along a row; None where it doesn't care."""
+    num_bytes: int
+    """UTF-8 bytes of the text of all targets: exact, for bits per byte. An end-of-text token stands for none."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch on a device."""
+        positions = None if self.positions is None else self.positions.to(device, non_blocking=True)
+        documents = None if self.documents is None else self.documents.to(device, non_blocking=True)
+        tokens = self.tokens.to(device, non_blocking=True)
+        return Batch(tokens, self.targets.to(device, non_blocking=True), positions, documents, self.num_bytes)
+
+
+class Batches:
+    """The batches of a run, cut from its token stores."""
+
+    def __init__(self, config: DataConfig, seed: int, split: Literal["train", "heldout"]) -> None:
+        """Open the stores; raises DataError when one is missing, damaged, too small, or of another tokenizer."""
+        if not config.stores:
+            raise DataError(problem("data.stores", "", "at least one token store is needed"))
+        self._config, self._seed, self._split = config, seed, split
+        self.stores = [TokenStore.open(store.path) for store in config.stores]
+        _check_same_tokenizer(self.stores)
+        first = self.stores[0]
+        self.fingerprints = [store.fingerprint for store in self.stores]
+        self.tokenizer_hash = first.tokenizer.sha256
+        self.tokenizer_folder = first.tokenizer_folder
+        self.vocab_size = max(store.tokenizer.vocab_size for store in self.stores)
+        self.eos_id = first.tokenizer.eos_id
+        self._mix = Mix.from_weights([store.weight for store in config.stores], seed)
+        self._sequences = [Sequences(store, split, config) for store in self.stores]
+        self._check_lengths()
+
+    @property
+    def num_sequences(self) -> list[int]:
+        """Count the sequences of each store's split."""
+        return [sequences.num_sequences for sequences in self._sequences]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash all that the token stream is a function of, the step aside."""
+        config = self._config
+        content = {
+            "stores": self.fingerprints,
+            "mix": self._mix.counts,
+            "seq_len": config.seq_len,
+            "global_batch_size": config.global_batch_size,
+            "packing": config.packing,
+            "document_mask": config.document_mask,
+            "document_positions": config.document_positions,
+            "seed": self._seed,
+            "split": self._split,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def microbatches(self, step: int, rank: int, num_ranks: int, micro_batch_size: int = 0) -> list[Batch]:
+        """Return a rank's share of the batch of a step (from 0), in microbatches; 0 makes one of the whole share."""
+        assert 0 <= rank < num_ranks and step >= 0, f"step {step}, rank {rank} of {num_ranks}"
+        share = self._share(num_ranks)
+        size = micro_batch_size or share
+        if share % size:
+            where, what = "data.micro_batch_size", f"must divide a rank's {share} sequences of a step"
+            raise DataError(problem(where, size, what))
+        start = step * self._config.global_batch_size + rank * share
+        chosen = self._locate(np.arange(start, start + share, dtype=np.int64))
+        return [self._batch(chosen[begin : begin + size]) for begin in range(0, share, size)]
+
+    def heldout_microbatches(
+        self, rank: int, num_ranks: int, micro_batch_size: int = 0, max_sequences: int = 0
+    ) -> Iterator[Batch]:
+        """Yield a rank's held-out batches: as many, and of one shape, on every rank; 0 max_sequences reads all.
+
+        Stores share `max_sequences` by weight, as far as they have so many; each gives sequences evenly spaced over its
+        held-out documents. Sequence i goes to rank i % num_ranks; what is missing at the end is rows without a target.
+        """
+        assert self._split == "heldout", "training documents are no held-out ones"
+        chosen = self._heldout_sequences(max_sequences)
+        share = -(-len(chosen) // num_ranks)
+        size = min(micro_batch_size or share, share)
+        mine = chosen[rank::num_ranks]
+        for begin in range(0, share, size):
+            yield self._batch(mine[begin : begin + size], rows=size)
+
+    def token_hash(self, step: int) -> str:
+        """Hash the tokens and targets of a step's global batch."""
+        digest = hashlib.sha256()
+        for batch in self.microbatches(step, 0, 1):
+            digest.update(batch.tokens.numpy().tobytes())
+            digest.update(batch.targets.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _share(self, num_ranks: int) -> int:
+        size = self._config.global_batch_size
+        if size % num_ranks:
+            why = "each takes an equal slice of every step"
+            do = f"Use {size // num_ranks * num_ranks + num_ranks}."
+            raise DataError(problem("data.global_batch_size", size, f"must divide by {num_ranks} ranks", why, do))
+        return size // num_ranks
+
+    def _locate(self, samples: np.ndarray) -> list[tuple[int, int]]:
+        """(store, sequence of the store) of samples of the run."""
+        stores, numbers = self._mix.locate(samples)
+        sequence = np.empty_like(numbers)
+        for store in np.unique(stores):
+            count = self._sequences[store].num_sequences
+            of_store = stores == store
+            epochs, within = np.divmod(numbers[of_store], count)
+            place = np.empty_like(within)
+            for epoch in np.unique(epochs):
+                now = epochs == epoch
+                place[now] = permute(within[now], count, (self._seed, int(store), int(epoch)))
+            sequence[of_store] = place
+        return list(zip(stores.tolist(), sequence.tolist(), strict=True))
+
+    def _heldout_sequences(self, max_sequences: int) -> list[tuple[int, int]]:
+        counts = self.num_sequences
+        wanted = counts
+        if max_sequences and max_sequences < sum(counts):
+            wanted = _shares(np.array([store.weight for store in self._config.stores]), counts, max_sequences)
+        return [
+            (store, index * count // want)
+            for store, (count, want) in enumerate(zip(counts, wanted, strict=True))
+            for index in range(want)
+        ]
+
+    def _batch(self, chosen: list[tuple[int, int]], rows: int = 0) -> Batch:
+        laid = Rows.padding(rows or len(chosen), self._config.seq_len, self.eos_id)
+        for row, (store, sequence) in enumerate(chosen):
+            self._sequences[store].lay(sequence, laid, row)
+        positions = torch.from_numpy(laid.positions) if self._config.document_positions else None
+        documents = torch.from_numpy(laid.documents) if self._config.document_mask else None
+        return Batch(
+            torch.from_numpy(laid.tokens), torch.from_numpy(laid.targets), positions, documents, laid.num_bytes
+        )
+
+    def _check_lengths(self) -> None:
+        seq_len = self._config.seq_len
+        if self._split == "heldout":
+            if sum(self.num_sequences) == 0:
+                do = "Prepare it again with --heldout-fraction above 0, or set --eval.every_steps 0."
+                names = ", ".join(str(store.path) for store in self.stores)
+                raise DataError(problem(names, "", "has no held-out documents", do=do))
+            return
+        for store, count in zip(self.stores, self.num_sequences, strict=True):
+            if count == 0:
+                tokens = store.split("train").num_tokens
+                what = f"has {tokens} tokens to train on, too few for one sequence of {seq_len}"
+                do = f"Add text, or use --data.seq_len {tokens - 1} or less." if tokens > 1 else "Add text."
+                raise DataError(problem(str(store.path), "", what, do=do))
+
+
+def _shares(weights: np.ndarray, counts: list[int], total: int) -> list[int]:
+    """Split `total` by weight, but give no store more than it has: what it can't take goes to the others."""
+    wanted = [0] * len(counts)
+    open_stores = [store for store, count in enumerate(counts) if count]
+    while (left := total - sum(wanted)) and open_stores:
+        extra = apportion(weights[open_stores], left)
+        for store, more in zip(open_stores, extra, strict=True):
+            wanted[store] = min(counts[store], wanted[store] + more)
+        open_stores = [store for store in open_stores if wanted[store] < counts[store]]
+    return wanted
+
+
+def _check_same_tokenizer(stores: list[TokenStore]) -> None:
+    first = stores[0]
+    for store in stores[1:]:
+        same = store.tokenizer.sha256 == first.tokenizer.sha256 and store.tokenizer.eos_id == first.tokenizer.eos_id
+        if not same:
+            what = f"was made with another tokenizer than {first.path}"
+            why = f"{store.tokenizer.sha256[:12]}.. is not {first.tokenizer.sha256[:12]}.."
+            do = f"Prepare it with --tokenizer {first.tokenizer_folder}."
+            raise DataError(problem(str(store.path), "", what, why, do))

@@ -1,0 +1,205 @@
+"""Make a token store: `python tools/prepare.py INPUT... --out DIR (--tokenizer FILE | --train-tokenizer VOCAB)`.
+
+A thin command over engine/data/prepare.py: arguments in, a progress bar, and at the end what was made and how to train
+on it. docs/data.md says what is read, what a bad record is and how the store looks.
+"""
+
+import argparse
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from configs.errors import RunError
+from engine.data.prepare import DEFAULT_HELDOUT, Prepared, PrepareOptions, Progress, ProgressCallback, prepare
+from engine.data.sources import STDLIB, listed_suffixes, supported
+
+NEXT_COMMAND = "torchrun --nproc-per-node 2 launchers/train.py configs/quickstart.toml {overrides}"
+"""What to run on a new store; `overrides` names the store, its vocabulary and a run of its own."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    options = _parse(arguments)
+    begin = time.perf_counter()
+    try:
+        with _progress_bar() as report:
+            prepared = prepare(options, report)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"interrupted: {options.out} was not made", file=sys.stderr)
+        return 130
+    print("\n".join(_summary(prepared, time.perf_counter() - begin)))
+    return 0
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """End by an exception, so that nothing half-made is left."""
+    raise SystemExit(128 + signum)
+
+
+def _parse(arguments: Sequence[str] | None) -> PrepareOptions:
+    parser = argparse.ArgumentParser(
+        prog="python tools/prepare.py",
+        description="Turn text into a token store, which a run then reads. The store appears whole or not at all.",
+        epilog="Example: python tools/prepare.py ~/novels --out data/novels --train-tokenizer 4096",
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help=f"files, folders (searched recursively), or {STDLIB} (the sources of Python's own standard library). "
+        f"Read are {supported()}. A text file is one document; .jsonl and .parquet hold one a record",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make; must not exist yet")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="sentencepiece .model, Hugging Face tokenizer.json, or a folder with one (also that of another store)",
+    )
+    which.add_argument(
+        "--train-tokenizer",
+        type=int,
+        default=0,
+        metavar="VOCAB",
+        help="train a sentencepiece BPE tokenizer of this many tokens on a sample of the inputs",
+    )
+    parser.add_argument(
+        "--text-field", default="text", metavar="NAME", help="field or column that holds the text (default: text)"
+    )
+    parser.add_argument(
+        "--on-bad-record",
+        choices=("fail", "skip"),
+        default="fail",
+        help="a record without usable text (broken JSON, no such field, not a string, not UTF-8, empty, too long) "
+        "ends the preparation, or is left out and counted (default: fail)",
+    )
+    parser.add_argument(
+        "--heldout-fraction",
+        type=float,
+        default=DEFAULT_HELDOUT,
+        metavar="X",
+        help="share of the documents kept out of training, chosen by a hash of their text (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that tokenize (default: one a core)"
+    )
+    parser.add_argument(
+        "--max-bytes", type=int, default=0, metavar="N", help="stop after this much text (default: take everything)"
+    )
+    parser.add_argument(
+        "--eos-token",
+        default="",
+        metavar="TOKEN",
+        help="token that ends a document (default: what the tokenizer's own files say)",
+    )
+    parser.add_argument("--bos", action="store_true", help="begin each document with the begin-of-text token")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "uint16", "uint32"),
+        default="auto",
+        help="type of a token in the store (default: the smallest that holds the vocabulary)",
+    )
+    given = parser.parse_args(arguments)
+    return PrepareOptions(
+        sources=tuple(given.inputs),
+        out=given.out,
+        tokenizer=given.tokenizer,
+        train_tokenizer=given.train_tokenizer,
+        text_field=given.text_field,
+        on_bad_record=given.on_bad_record,
+        heldout_fraction=given.heldout_fraction,
+        workers=given.workers,
+        max_bytes=given.max_bytes,
+        eos_token=given.eos_token,
+        bos=given.bos,
+        dtype=given.dtype,
+    )
+
+
+@contextmanager
+def _progress_bar() -> Iterator[ProgressCallback]:
+    """A bar on a terminal; a log gets the summary only."""
+    from rich import progress as bars  # here: each worker process imports this file and needs no bar
+    from rich.console import Console
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TextColumn("{task.fields[documents]:,} documents  {task.fields[tokens]:,} tokens  {task.fields[bad]} bad"),
+        bars.TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("finding files", total=None, documents=0, tokens=0, bad=0)
+
+        def report(now: Progress) -> None:
+            bar.update(
+                task,
+                description=now.stage,
+                completed=now.done_bytes,
+                total=now.total_bytes,
+                documents=now.documents,
+                tokens=now.tokens,
+                bad=now.bad_records,
+            )
+
+        yield report
+
+
+def _summary(prepared: Prepared, took_s: float) -> list[str]:
+    manifest = prepared.manifest
+    train, heldout = manifest.splits["train"], manifest.splits["heldout"]
+    tokenizer, made = manifest.tokenizer, manifest.preparation
+    num_bytes, tokens = train.bytes + heldout.bytes, train.tokens + heldout.tokens
+    lines = [
+        f"wrote {prepared.path} in {took_s:.1f} s, from {made['files']:,} files",
+        f"  train      {train.documents:>12,} documents  {train.tokens:>15,} tokens  {train.bytes:>17,} bytes",
+        f"  held out   {heldout.documents:>12,} documents  {heldout.tokens:>15,} tokens  {heldout.bytes:>17,} bytes",
+        f"  tokenizer  {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {num_bytes / tokens:.2f} bytes a token, "
+        f"stored as {manifest.dtype}",
+    ]
+    if heldout.documents == 0:
+        lines.append("  no document is held out: train with --eval.every_steps 0")
+    if made["left_out"]:
+        lines.append(f"  not text by their suffix, left out: {listed_suffixes(made['left_out'])}")
+    if prepared.bad_records:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in prepared.bad_records.items())
+        lines.append(f"  bad records left out: {counts}; the first:")
+        lines += [f"    {example}" for example in made["bad_records"]["examples"][:5]]
+    if made["inexact_documents"]:
+        lines.append(
+            f"  in {made['inexact_documents']:,} documents the tokenizer changes the text, so that bits per byte are "
+            "approximate"
+        )
+    return [*lines, "", *_how_to_go_on(prepared.path, tokenizer.vocab_size)]
+
+
+def _how_to_go_on(path: Path, vocab_size: int) -> list[str]:
+    quoted = str(path).replace("\\", "\\\\").replace('"', '\\"')
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)
+    stores = shlex.quote(f'[{{path = "{quoted}"}}]')
+    overrides = f"--run.name {name} --model.vocab_size {vocab_size} --data.stores {stores}"
+    return [
+        "In a config:",
+        "  [[data.stores]]",
+        f'  path = "{quoted}"',
+        "Or from here:",
+        f"  {NEXT_COMMAND.format(overrides=overrides)}",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
