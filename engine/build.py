@@ -13,13 +13,16 @@ import torch
 import torch.distributed as dist
 
 from configs.check import curve_notice, resume_differences
-from configs.errors import ConfigError, problem
-from configs.schema import Config, StoreConfig
+from configs.errors import ConfigError, DataError, problem
+from configs.schema import Config
 from engine.checkpoint import Checkpointer, Found
 from engine.data.batches import Batch, Batches
 from engine.data.prepare import prepare_from_config
+from engine.data.store import TokenStore
+from engine.data.tokenizer import Tokenizer
 from engine.folder import RunFolder
 from engine.loss import chunk_cross_entropy, compiled_chunk_loss, next_token
+from engine.manifest import hash_file
 from engine.memory import check_memory
 from engine.metrics import Metrics, Sink, yardstick
 from engine.metrics_log import JsonLines, TensorBoard, truncate_after
@@ -72,6 +75,12 @@ class Run:
             self.metrics = Metrics(yard, device, step=self.step, num_tokens=self.num_tokens, sinks=sinks)
         return self.metrics
 
+    def restore(self, found: Found) -> None:
+        """Stand where a proved checkpoint stood."""
+        self.checkpointer.load(found, self.model, self.optimizer)
+        self.step = self.first_step = found.step
+        self.num_tokens = int(found.meta["num_tokens"])
+
     def close(self) -> None:
         """Finish what is being written; in this order, since the checkpoint's group needs the run's."""
         try:
@@ -82,11 +91,13 @@ class Run:
             self.folder.release()
 
     def _sinks(self) -> tuple[Sink, ...]:
-        truncate_after(self.folder.metrics, self.step)
+        # What starts over writes its evaluation of step 0 again.
+        last_kept = self.step
+        truncate_after(self.folder.metrics, last_kept)
         lines = JsonLines(self.folder.metrics)
         if not self.config.metrics.tensorboard:
             return (lines,)
-        return (lines, TensorBoard(self.folder.tensorboard, self.step or None))
+        return (lines, TensorBoard(self.folder.tensorboard, last_kept))
 
 
 def build_run(
@@ -100,12 +111,16 @@ def build_run(
     if layout.dp_rank == 0:
         folder.claim()
         _prepare_stores(config, say)
+        _prove_tokenizers(config)
     # The others wait here for the folder and the stores; what rank 0 can't do ends the run for all of them.
     dist.barrier()
     data = Batches(config.data, config.run.seed, "train")
     heldout = _heldout(config, layout)
-    _check_tokenizer(config, data)
-    model = build_model(config, layout, starting_weights(config))
+    _check_vocabulary(config, data)
+    say(f"{config.run.name}: {num_params(config.model):,} parameters, {_layout_text(layout)}, writing to {folder.path}")
+    checkpointer = Checkpointer(folder.checkpoints, config.checkpoint, timeout_s=config.fault.first_step_timeout_s)
+    found = _find_continued(checkpointer, config, data, say)
+    model = build_model(config, layout, starting_weights(config) if found is None else _leave_unfilled)
     optimizer = build_optimizer(model, config.optim)
     chunk_loss = compiled_chunk_loss() if config.compile.loss else chunk_cross_entropy
     objective = next_token(config.objective, chunk_loss)
@@ -119,11 +134,12 @@ def build_run(
         optimizer=optimizer,
         objective=objective,
         forward_backward=direct(model, objective, config.parallel.accumulate),
-        checkpointer=Checkpointer(folder.checkpoints, config.checkpoint, timeout_s=config.fault.first_step_timeout_s),
+        checkpointer=checkpointer,
         progress=progress,
     )
-    say(f"{config.run.name}: {num_params(config.model):,} parameters, {_layout_text(layout)}, writing to {folder.path}")
-    _resume(run, say)
+    if found is not None:
+        run.restore(found)
+        say(f"continuing from {found.path}")
     if layout.dp_rank == 0:
         folder.write_configs(given, config)
     dist.barrier()
@@ -146,12 +162,30 @@ def _prepare_stores(config: Config, say: Callable[[str], None]) -> None:
     for store in config.data.stores:
         if store.sources and not Path(store.path).exists():
             say(f"preparing {store.path} from {', '.join(store.sources)}")
-            _prepare(store)
+            prepare_from_config(store)
             say(f"prepared {store.path}")
 
 
-def _prepare(store: StoreConfig) -> None:
-    prepare_from_config(store)
+def _prove_tokenizers(config: Config) -> None:
+    """Refuse a store whose tokenizer was altered, or is not the one that the config names.
+
+    Token files are proved by size only, since reading terabytes takes hours; a tokenizer is small, and every checkpoint
+    takes a copy of it along.
+    """
+    for index, store in enumerate(config.data.stores):
+        opened = TokenStore.open(store.path)
+        for name, entry in opened.tokenizer.files.items():
+            if hash_file(opened.path / name) != entry.sha256:
+                why = "its sha256 is another than the store's manifest says"
+                text = problem(
+                    str(opened.path / name), "", "was altered", why, "Restore it, or prepare the store again."
+                )
+                raise DataError(text)
+        named = Path(store.tokenizer)
+        if store.tokenizer and named.exists() and Tokenizer(named).sha256 != opened.tokenizer.sha256:
+            expected = f"{store.path} was made with another tokenizer"
+            do = f"Remove the setting, or the folder {store.path} to prepare it again."
+            raise ConfigError(problem(f"data.stores.{index}.tokenizer", store.tokenizer, expected, "", do))
 
 
 def _heldout(config: Config, layout: Layout) -> Callable[[], Iterable[Batch]]:
@@ -168,7 +202,7 @@ def _heldout(config: Config, layout: Layout) -> Callable[[], Iterable[Batch]]:
     )
 
 
-def _check_tokenizer(config: Config, data: Batches) -> None:
+def _check_vocabulary(config: Config, data: Batches) -> None:
     """Refuse a model with fewer rows than the tokenizer has tokens."""
     tokens = data.vocab_size
     if config.model.vocab_size < tokens:
@@ -179,38 +213,40 @@ def _check_tokenizer(config: Config, data: Batches) -> None:
         )
 
 
-def _resume(run: Run, say: Callable[[str], None]) -> None:
-    """Continue from the newest good checkpoint of the folder, if there is one that this config continues."""
-    found = run.checkpointer.find_latest()
+def _find_continued(
+    checkpointer: Checkpointer, config: Config, data: Batches, say: Callable[[str], None]
+) -> Found | None:
+    """Find the newest good checkpoint of the folder; refuse a config that doesn't continue it."""
+    found = checkpointer.find_latest()
     if found is None:
-        return
+        return None
     for text in found.refused:
         say(f"refused {text}")
     saved = found.meta["config"]
-    problems = resume_differences(saved, run.config)
-    problems += _other_data(run, found)
+    problems = resume_differences(saved, config) + _other_data(data, found)
     if problems:
         head = f"{found.path} can't be continued with this config:"
         do = "Give the run's own values, or another --run.name to start a new run."
         raise ConfigError([head, *(f"  {text}" for text in problems), do])
-    if found.step > run.config.run.steps:
+    if found.step > config.run.steps:
         do = f"Use --run.steps {found.step} or more, or another --run.name."
-        raise ConfigError(problem("run.steps", run.config.run.steps, f"{found.path} is further already", "", do))
-    notice = curve_notice(saved, run.config)
+        raise ConfigError(problem("run.steps", config.run.steps, f"{found.path} is further already", "", do))
+    notice = curve_notice(saved, config)
     if notice:
         say(notice)
-    run.checkpointer.load(found, run.model, run.optimizer)
-    run.step = run.first_step = found.step
-    run.num_tokens = int(found.meta["num_tokens"])
-    say(f"continuing from {found.path}")
+    return found
 
 
-def _other_data(run: Run, found: Found) -> list[str]:
+def _leave_unfilled(local: torch.Tensor, name: str, shape: tuple[int, ...], offset: tuple[int, ...]) -> None:
+    """Leave a parameter to the checkpoint."""
+
+
+def _other_data(data: Batches, found: Found) -> list[str]:
     """Name the stores whose content is not what the checkpoint was trained on."""
-    saved, now = found.meta["data"], run.data.fingerprints
+    saved, now = found.meta["data"], data.fingerprints
     if len(saved) != len(now):
         return []  # the number of stores is a difference of the config already
-    if found.meta["tokenizer"] != run.data.tokenizer_hash:
+    if found.meta["tokenizer"] != data.tokenizer_hash:
         return ["data.stores: made with another tokenizer than the checkpoint's"]
     return [
         f"data.stores.{index}: the checkpoint was trained on other data (its hash {before[:12]}, now {after[:12]})"

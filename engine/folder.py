@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -34,25 +36,24 @@ class RunFolder:
 
     def claim(self) -> None:
         """Make the folder and hold it until this process ends, however it ends."""
-        try:
+        with _writing(self.path):
             self.logs.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a+")
-        except OSError as error:
-            do = "Choose another --run.dir."
-            raise RunError(problem(str(self.path), "", f"can't be written: {error.strerror}", do=do)) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
+            self.release()
             do = "Wait for it, stop it, or choose another --run.name."
             raise RunError(problem(str(self.path), "", f"in use by {owner}", "one run writes a folder", do)) from None
         except OSError:
             # Some network file systems have no locks; a run is worth more than the guard.
             return
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
+        with _writing(self.path):
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._lock.flush()
 
     def release(self) -> None:
         """Let another process have the folder."""
@@ -60,17 +61,33 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
+    def has_checkpoints(self) -> bool:
+        """Tell whether the run has saved any state, good or not."""
+        return any(self.checkpoints.glob("step-*"))
+
     def write_configs(self, given: str, resolved: Config) -> None:
         """Keep the config as the user wrote it and as it was understood."""
-        _replace(self.config, given)
-        _replace(self.resolved, json.dumps(config_to_dict(resolved), indent=2) + "\n")
+        with _writing(self.path):
+            _replace(self.config, given)
+            _replace(self.resolved, json.dumps(config_to_dict(resolved), indent=2) + "\n")
 
     def log_of(self, rank: int) -> logging.Handler:
         """Open this rank's own log."""
-        self.logs.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(self.logs / f"rank-{rank:05d}.log")
+        with _writing(self.logs):
+            self.logs.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(self.logs / f"rank-{rank:05d}.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         return handler
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say what folder it is that can't be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        do = "Make it writable, make room, or choose another --run.dir."
+        raise RunError(problem(str(folder), "", f"can't be written: {error.strerror}", do=do)) from None
 
 
 def _replace(path: Path, text: str) -> None:

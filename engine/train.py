@@ -156,12 +156,18 @@ def _record(run: Run, result: StepResult, counters: Counters, lr: float) -> Step
         if empty:
             run.progress.say(f"{int(empty)} steps up to step {run.step} had no target and changed nothing")
     if non_finite or not math.isfinite(loss):
-        why = "the update was not applied; the newest checkpoint is from before it"
-        do = "Lower optim.lr, lengthen lr.warmup_steps, or look at the data of these steps; the same command resumes."
-        text = problem(f"step {run.step}", f"loss {loss}, grad_norm {grad_norm}", "must be finite", why, do)
-        raise NonFiniteError(text)
+        raise _sick(run.step, f"loss {loss}, grad_norm {grad_norm}")
     counters.empty.zero_()
     return record
+
+
+def _sick(step: int, seen: str) -> NonFiniteError:
+    why = "the update was not applied; the newest checkpoint is from before it"
+    do = (
+        "The same command would come to the same step: lower optim.lr or lengthen lr.warmup_steps under another "
+        "--run.name, or look at the data of these steps."
+    )
+    return NonFiniteError(problem(f"step {step}: {seen}", "", "must be finite", why, do))
 
 
 def _evaluate(run: Run, step: int) -> HeldoutLoss:
@@ -182,6 +188,8 @@ def _checkpoint(run: Run, counters: Counters, heldout: HeldoutLoss | None) -> No
     """Save the state after this step; the step waits for the copy to the host only."""
     assert run.metrics is not None, "metrics start before the first step"
     with run.metrics.checkpointing():
+        if counters.non_finite > 0:
+            raise _sick(run.step, "a gradient since the last logged step")
         meta = {
             "step": run.step,
             "num_tokens": int(counters.num_tokens),

@@ -58,7 +58,9 @@ def write_hf(
         _write_json(unfinished / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
         for name, content in (extra_files or {}).items():
             (unfinished / name).write_bytes(content)
+        mode = (unfinished / "config.json").stat().st_mode
         for path in unfinished.iterdir():
+            path.chmod(mode)  # safetensors makes private files, whatever the umask says
             _sync(path)
         _sync(unfinished)
         unfinished.rename(folder)

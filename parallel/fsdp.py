@@ -28,8 +28,10 @@ def shard(
         cast_forward_inputs=False,
     )
     mesh = mesh if config.dp_replicate > 1 else mesh["dp_shard"]
+    # One rank gathers from nobody: freeing its copy would only have it made twice a step.
+    free = config.reshard_after_forward and mesh.size() > 1
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=free)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     if mesh.size() > 1:
         for module in (*blocks, model):

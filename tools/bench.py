@@ -1,6 +1,6 @@
 """Compare tokens/s here and in a plain loop around transformers' LlamaForCausalLM.
 
-    python tools/bench.py [CONFIG] [--section.field VALUE ...] [--rounds N] [--steps N] [--theirs eager|compile] [--json F]
+    python tools/bench.py [CONFIG] [--section.field VALUE ...] [--rounds N] [--steps N] ...
 
 Both sides train the same model from the same weights on the same batches in the same precision with the same
 optimizer, each in a process of its own, and take turns: this machine's mood hits both alike, and the ratio of the
@@ -28,6 +28,7 @@ from configs.load import config_to_dict, load_config
 from configs.schema import Config
 from engine.metrics import peak_memory_gib
 from engine.peaks import choose_peak, measured_gemm_tflops
+from launchers.allocator import keep_freed_memory
 from launchers.env import usable_cores
 from models.flops import flops_per_token, num_params
 from parallel.fsdp import DTYPES
@@ -128,10 +129,12 @@ class Theirs:
         return total
 
 
-def _work(side: str, config: Config, device_type: str, threads: int, pipe: Connection) -> None:
+def _work(side: str, config: Config, device_type: str, threads: int, tuned: bool, pipe: Connection) -> None:
     """Be one side: build, warm up, then train as many steps as the pipe says, until it says 0."""
     torch.set_num_threads(threads)
     device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
+    if device_type == "cpu" and (side == "ours" or tuned):
+        keep_freed_memory()  # as a run does
     trained: Side = Ours(config, device) if side == "ours" else Theirs(config, device, side)
     generator = torch.Generator().manual_seed(config.run.seed)
 
@@ -161,7 +164,9 @@ class Measured:
     peak_gib: float = 0.0
 
 
-def measure(config: Config, device: str, threads: int, theirs: str, rounds: int, steps: int) -> dict[str, Measured]:
+def measure(
+    config: Config, device: str, threads: int, theirs: str, tuned: bool, rounds: int, steps: int
+) -> dict[str, Measured]:
     """Let both sides train in turns; the first steps of each are not counted."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
@@ -169,7 +174,7 @@ def measure(config: Config, device: str, threads: int, theirs: str, rounds: int,
     processes = []
     for side in ("ours", theirs):
         near, far = context.Pipe()
-        process = context.Process(target=_work, args=(side, config, device, threads, far), daemon=True)
+        process = context.Process(target=_work, args=(side, config, device, threads, tuned, far), daemon=True)
         process.start()
         far.close()
         processes.append(process)
@@ -238,6 +243,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=6, help="turns of each side (6)")
     parser.add_argument("--steps", type=int, default=3, help="steps a turn (3)")
     parser.add_argument("--theirs", choices=("eager", "compile"), default="eager", help="how transformers' model runs")
+    parser.add_argument("--tuned", action="store_true", help="give theirs the engine's malloc settings too (CPU)")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     arguments, overrides = parser.parse_known_args(argv)
     try:
@@ -246,7 +252,7 @@ def main(argv: list[str]) -> int:
         config = resolve(load_config(Path(arguments.config), overrides), world_size=1)
         device = "cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu"
         threads = config.run.threads or usable_cores()
-        found = measure(config, device, threads, arguments.theirs, arguments.rounds, arguments.steps)
+        found = measure(config, device, threads, arguments.theirs, arguments.tuned, arguments.rounds, arguments.steps)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

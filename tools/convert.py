@@ -90,12 +90,12 @@ def _import(args: argparse.Namespace) -> None:
         lr=LrConfig(warmup_steps=50),
     )
     resolve(config, world_size=1)
-    billions = num_params(config.model) / 1e9
     head = f"# torchrun --nproc-per-node 2 launchers/train.py {args.out}\n"
-    head += f"# Trains the {billions:.3g}B parameters of {args.folder.resolve().name} further; run, data, optim and lr "
-    head += "are a start, change them at will.\n\n"
+    head += (
+        f"# Trains {args.folder.resolve().name} further; run, data, optim and lr are a start, change them at will.\n\n"
+    )
     _write_text(args.out, head + to_toml(config))
-    print(f"{args.folder}: {billions:.3g}B parameters, every tensor in place")
+    print(f"{args.folder}: {num_params(config.model):,} parameters, every tensor in place")
     print(f"wrote {args.out}")
     if not Path(store).exists():
         tokenizer = saved.tokenizer or "TOKENIZER"

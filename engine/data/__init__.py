@@ -5,14 +5,16 @@ pack -> batches): the batch of step k is a function of (config, seed, k), so a l
 
     sources.py     which files a corpus consists of
     records.py     files -> raw records -> text; bad records by kind and place
-    tokenizer.py   sentencepiece and Hugging Face tokenizers; training one
+    tokenizer.py   sentencepiece and Hugging Face tokenizers; tokenizer_training.py makes one
+    encoding.py    raw records -> token ids, in worker processes, in order
     staging.py     a folder that appears whole or not at all
     store.py       the folder of a token store: manifest, reading, verification
     writer.py      one split of a token store, written shard by shard
-    prepare.py     corpus -> token store, in parallel
+    prepare.py     corpus -> token store: all of the above
     order.py       a seeded permutation in O(1) memory
     mix.py         sample i of the run -> (store, sample of the store)
     pack.py        best-fit packing of whole documents
+    sequences.py   a split cut into sequences, concatenated or packed
     batches.py     the batch of a step, and the held-out batches
 
 Nothing is imported here: the workers of prepare need no torch.

@@ -140,12 +140,8 @@ class Batches:
         for store in np.unique(stores):
             count = self._sequences[store].num_sequences
             of_store = stores == store
-            epochs, within = np.divmod(numbers[of_store], count)
-            place = np.empty_like(within)
-            for epoch in np.unique(epochs):
-                now = epochs == epoch
-                place[now] = permute(within[now], count, (self._seed, int(store), int(epoch)))
-            sequence[of_store] = place
+            epoch, within = np.divmod(numbers[of_store], count)
+            sequence[of_store] = permute(within, count, (self._seed, int(store)), epoch)
         return list(zip(stores.tolist(), sequence.tolist(), strict=True))
 
     def _heldout_sequences(self, max_sequences: int) -> list[tuple[int, int]]:

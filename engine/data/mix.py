@@ -42,11 +42,7 @@ class Mix:
         index = np.atleast_1d(np.asarray(samples, dtype=np.int64))
         size = sum(self.counts)
         block, within = np.divmod(index, size)
-        slot = within.copy()
-        if len(self.counts) > 1:
-            for number in np.unique(block):
-                chosen = block == number
-                slot[chosen] = permute(within[chosen], size, (self.seed, int(number)))
+        slot = permute(within, size, (self.seed,), block)
         ends = np.cumsum(self.counts)
         store = np.searchsorted(ends, slot, side="right")
         counts = np.asarray(self.counts)

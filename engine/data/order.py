@@ -15,26 +15,29 @@ _ROUNDS = 6
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # of splitmix64's finaliser
 
 
-def permute(index: npt.ArrayLike, size: int, key: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """Return where a permutation of range(size) sends each element of `index`; every key is another permutation."""
+def permute(index: npt.ArrayLike, size: int, key: tuple[int, ...], number: npt.ArrayLike = 0) -> npt.NDArray[np.int64]:
+    """Return where permutations of range(size) send the elements of `index` (n).
+
+    Every key is a family of permutations, and `number` (one, or one an element) chooses among them: an epoch, say.
+    """
     values = np.atleast_1d(np.asarray(index, dtype=np.int64))
     assert 1 <= size < 1 << 62, f"a permutation of {size} elements"
     assert values.size == 0 or (values.min() >= 0 and values.max() < size), f"index outside of 0..{size - 1}"
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    round_keys = _round_keys(key, size)
+    round_keys = _round_keys(key, size, np.broadcast_to(np.asarray(number, dtype=np.uint64), values.shape))
     result = _feistel(values.astype(np.uint64), half_bits, round_keys)
     outside = np.flatnonzero(result >= np.uint64(size))
     while outside.size:
-        result[outside] = _feistel(result[outside], half_bits, round_keys)
+        result[outside] = _feistel(result[outside], half_bits, round_keys[:, outside])
         outside = outside[result[outside] >= np.uint64(size)]
     return result.astype(np.int64)
 
 
-def _round_keys(key: tuple[int, ...], size: int) -> npt.NDArray[np.uint64]:
-    """One 64-bit key a round; hashed, so that seeds 0 and 1 or neighbouring epochs have nothing in common."""
+def _round_keys(key: tuple[int, ...], size: int, number: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return (rounds, n) keys; hashed, so that seeds 0 and 1 or neighbouring epochs have nothing in common."""
     text = ",".join(str(part) for part in (*key, size))
     digest = hashlib.blake2b(text.encode(), digest_size=8 * _ROUNDS, person=b"ropewalk-order").digest()
-    return np.frombuffer(digest, dtype="<u8")
+    return _scramble(number, np.frombuffer(digest, dtype="<u8")[:, None])
 
 
 def _feistel(
@@ -48,7 +51,7 @@ def _feistel(
     return (left << shift) | right
 
 
-def _scramble(values: npt.NDArray[np.uint64], round_key: np.uint64) -> npt.NDArray[np.uint64]:
+def _scramble(values: npt.NDArray[np.uint64], round_key: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """splitmix64's finaliser over value + key; arrays wrap modulo 2**64 without a warning."""
     mixed = values + round_key
     for multiplier, shift in zip(_MULTIPLIERS, (np.uint64(30), np.uint64(27)), strict=True):

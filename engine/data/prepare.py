@@ -28,7 +28,6 @@ from engine.data.store import (
     SplitEntry,
     StoreManifest,
     TokenizerEntry,
-    TokenStore,
     smallest_dtype,
 )
 from engine.data.tokenizer import Tokenizer
@@ -359,6 +358,3 @@ def _remove_files(folder: Path) -> None:
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
-
-
-__all__ = ["PrepareOptions", "Prepared", "Progress", "TokenStore", "prepare", "prepare_from_config"]

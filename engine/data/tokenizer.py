@@ -84,7 +84,11 @@ class Tokenizer:
 
         Tokens of a text add up to its bytes, plus `prefix_bytes`, where the tokenizer loses nothing.
         """
-        return np.minimum(self._backend.token_bytes(), np.iinfo(np.uint16).max).astype(np.uint16)
+        table = np.minimum(self._backend.token_bytes(), np.iinfo(np.uint16).max).astype(np.uint16)
+        table[self.eos_id] = 0  # also where its file doesn't call it special
+        if self.bos_id is not None:
+            table[self.bos_id] = 0
+        return table
 
     def prefix_bytes(self) -> int:
         """Return the bytes of the space that the tokenizer itself puts before a text (0 or 1)."""
@@ -169,10 +173,9 @@ class _SentencePiece:
         sentencepiece.set_min_log_level(3)  # it would print its own error beside ours
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            why = str(error).split("from /")[0]
+        except (RuntimeError, OSError):
             do = "Where a tokenizer.json lies beside it (Llama 3's .model is of another kind), give that."
-            raise DataError(problem(str(path), "", "is not a sentencepiece model", why, do)) from None
+            raise DataError(problem(str(path), "", "is not a sentencepiece model", do=do)) from None
         self.vocab_size: int = self._model.vocab_size()
         self.default_eos = _given(self._model.eos_id())
         self.default_bos = _given(self._model.bos_id())

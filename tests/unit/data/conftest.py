@@ -1,5 +1,6 @@
 """A small real tokenizer and texts of many shapes, made once for the room's tests."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,7 @@ def make_texts(count: int) -> list[str]:
     """Distinct texts of one to about sixty words, with code-like spacing and characters outside of ASCII."""
     texts = []
     for number in range(count):
-        size = 1 + number * 37 % 60
-        words = [WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(size)]
+        words = random.Random(number).choices(WORDS, k=1 + number * 37 % 60)
         texts.append(f"def f{number}():\n    return '{' '.join(words)}'  # caf\u00e9 {number}\n")
     return texts
 

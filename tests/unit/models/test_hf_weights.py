@@ -109,6 +109,12 @@ def test_shards_stay_within_the_limit_and_the_index_is_complete(tmp_path: Path) 
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
 
 
+def test_files_are_as_readable_as_any_other_of_the_user(tmp_path: Path) -> None:
+    write(tmp_path / "hf", make_config())
+    (tmp_path / "plain").touch()
+    assert {path.stat().st_mode for path in (tmp_path / "hf").iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_a_lower_precision_is_rounded_once(tmp_path: Path) -> None:
     tensors = random_tensors(make_config())
     write_hf(tmp_path / "hf", make_config(), tensors.items(), dtype=torch.bfloat16)

@@ -1,0 +1,150 @@
+"""The life of one rank: its device, its threads, the process group, the run, and the way out of each.
+
+What goes wrong here is written in full into the rank's own log (logs/ in the run folder); what the user reads is one
+RunError, raised to launchers/train.py.
+"""
+
+import logging
+import os
+import re
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from configs.errors import ConfigError, LayoutError, RankFailure, RunError, problem
+from configs.schema import Config
+from engine.build import Run, build_run
+from engine.folder import RunFolder
+from engine.progress import ProgressDisplay
+from engine.train import train
+from launchers.allocator import keep_freed_memory
+from launchers.env import Launch, environment_of, threads_per_rank, usable_cores
+
+# What gloo, NCCL and the rendezvous say when a peer is gone.
+_LOST_PEER = re.compile(
+    r"connection (was )?(closed|reset|refused)|timed out|timeout|broken pipe|remote process|unhandled system", re.I
+)
+
+
+def run_rank(config: Config, given: str, launch: Launch) -> None:
+    """Train as one of the ranks; `config` is resolved and `given` its text. Raises RunError for what users can mend."""
+    device = _device(config, launch)
+    torch.set_num_threads(threads_per_rank(config.run.threads, launch.local_world_size, usable_cores()))
+    if device.type == "cpu":
+        keep_freed_memory()
+    if config.run.deterministic:
+        _be_deterministic()
+    console = Console() if launch.rank == 0 else None
+    with (
+        _as_run_errors(launch),
+        ProgressDisplay(console, config.run.steps) if console else nullcontext() as progress,
+    ):
+        _start_process_group(config, device, launch)
+        run = build_run(config, given, device, launch.local_world_size, progress)
+        try:
+            _log_to(run.folder, launch)
+            outcome = train(run)
+        except BaseException:
+            _close_after_error(run)
+            raise
+        run.close()
+        if progress is not None:
+            progress.say(f"done: {outcome.step} steps, {run.folder.path}")
+    dist.destroy_process_group()
+
+
+def _close_after_error(run: Run) -> None:
+    """Close a run that ended early; what goes wrong now is a consequence, and must not hide its cause."""
+    try:
+        run.close()
+    except (RunError, RuntimeError, OSError):
+        _log_error(f"while closing the run: {traceback.format_exc()}")
+
+
+@contextmanager
+def _as_run_errors(launch: Launch) -> Iterator[None]:
+    """Log every error in full; turn what the machine or another rank did to this one into a RunError."""
+    try:
+        yield
+    except RunError as error:
+        _log_error(str(error))
+        raise
+    except OSError as error:
+        _log_error(traceback.format_exc())
+        if error.errno is None:
+            raise
+        where = error.filename or f"rank {launch.rank} of {launch.world_size}"
+        do = "The same command continues the run once that is mended."
+        raise RunError(problem(str(where), "", error.strerror or str(error), do=do)) from error
+    except RuntimeError as error:
+        _log_error(traceback.format_exc())
+        if launch.world_size > 1 and _LOST_PEER.search(str(error)):
+            raise RankFailure(_lost_peer(error, launch)) from error
+        raise
+
+
+def _lost_peer(error: RuntimeError, launch: Launch) -> str:
+    first_line = str(error).strip().splitlines()[0]
+    do = "Look for the first error of another rank; the same command continues from the last checkpoint."
+    return problem(f"rank {launch.rank} of {launch.world_size}", "", "lost contact with another rank", first_line, do)
+
+
+def _device(config: Config, launch: Launch) -> torch.device:
+    """Pick this rank's device."""
+    available = torch.cuda.is_available()
+    if config.run.device == "cuda" and not available:
+        raise ConfigError(problem("run.device", "cuda", "torch finds no CUDA device here", "", "Use cpu or auto."))
+    if config.run.device == "cpu" or not available:
+        return torch.device("cpu")
+    if launch.local_rank >= torch.cuda.device_count():
+        expected = f"this node has {torch.cuda.device_count()} GPUs"
+        do = f"Start {torch.cuda.device_count()} processes a node, or use --run.device cpu."
+        raise LayoutError(problem("local rank", launch.local_rank, expected, "one rank drives one GPU", do))
+    device = torch.device("cuda", launch.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _start_process_group(config: Config, device: torch.device, launch: Launch) -> None:
+    """Meet the other ranks; a single process meets nobody and opens no port."""
+    timeout = timedelta(seconds=config.fault.first_step_timeout_s)
+    # Checkpoints and counters of the host travel by gloo beside NCCL.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    os.environ.update(environment_of(launch, os.environ))
+    if launch.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    device_id = device if device.type == "cuda" else None
+    dist.init_process_group(
+        backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, device_id=device_id
+    )
+
+
+def _log_to(folder: RunFolder, launch: Launch) -> None:
+    logging.raiseExceptions = False  # a full disk is said once, and not by each line of the log
+    root = logging.getLogger()
+    root.addHandler(folder.log_of(launch.rank))
+    root.setLevel(logging.INFO)
+    # A thread's error reaches the user through whoever waits for the thread.
+    threading.excepthook = lambda args: _log_error(
+        "".join(traceback.format_exception(args.exc_type, args.exc_value, args.exc_traceback))
+    )
+    root.info("rank %d of %d, process %d, torch %s", launch.rank, launch.world_size, os.getpid(), torch.__version__)
+
+
+def _log_error(text: str) -> None:
+    root = logging.getLogger()
+    if root.handlers:  # before the log is open, logging would write to the user instead
+        root.error("%s", text)
