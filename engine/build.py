@@ -92,7 +92,7 @@ class Run:
 
     def _sinks(self) -> tuple[Sink, ...]:
         # What starts over writes its evaluation of step 0 again.
-        last_kept = self.step
+        last_kept = self.step or -1
         truncate_after(self.folder.metrics, last_kept)
         lines = JsonLines(self.folder.metrics)
         if not self.config.metrics.tensorboard:
@@ -181,6 +181,11 @@ def _prove_tokenizers(config: Config) -> None:
                     str(opened.path / name), "", "was altered", why, "Restore it, or prepare the store again."
                 )
                 raise DataError(text)
+        trained, tokens = store.train_tokenizer, opened.tokenizer.vocab_size
+        if trained and trained != tokens:
+            expected = f"{store.path} has a tokenizer of {tokens} tokens already"
+            do = f"Use {tokens}, another path, or remove the folder to prepare it again."
+            raise ConfigError(problem(f"data.stores.{index}.train_tokenizer", trained, expected, "", do))
         named = Path(store.tokenizer)
         if store.tokenizer and named.exists() and Tokenizer(named).sha256 != opened.tokenizer.sha256:
             expected = f"{store.path} was made with another tokenizer"

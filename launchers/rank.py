@@ -82,6 +82,10 @@ def _as_run_errors(launch: Launch) -> Iterator[None]:
         where = error.filename or f"rank {launch.rank} of {launch.world_size}"
         do = "The same command continues the run once that is mended."
         raise RunError(problem(str(where), "", error.strerror or str(error), do=do)) from error
+    except torch.OutOfMemoryError as error:
+        _log_error(traceback.format_exc())
+        do = "Lower data.micro_batch_size or objective.chunk_tokens, or shard over more ranks."
+        raise RunError(problem(f"rank {launch.rank} of {launch.world_size}", "", str(error), do=do)) from error
     except RuntimeError as error:
         _log_error(traceback.format_exc())
         if launch.world_size > 1 and _LOST_PEER.search(str(error)):

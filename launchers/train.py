@@ -104,6 +104,6 @@ if __name__ == "__main__":
         _leave(main(sys.argv[1:]))
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
-    except Exception:
-        sys.excepthook(*sys.exc_info())
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
         _leave(1)

@@ -34,7 +34,7 @@ def _scaled(frequencies: Float[Tensor, " half"], scaling: RopeScalingConfig) -> 
 def rope_table(
     config: ModelConfig, positions: Int[Tensor, "rows seq"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "rows seq half"], Float[Tensor, "rows seq half"]]:
-    """Return cosine and sine of each position and pair; `dtype` is that of the activations, the table's at least fp32."""
+    """Return cosine and sine of each position and pair, in at least fp32; `dtype` is that of the activations."""
     dtype = torch.promote_types(dtype, torch.float32)
     angles = positions.to(dtype)[..., None] * inverse_frequencies(config, dtype, positions.device)
     return angles.cos(), angles.sin()

@@ -96,12 +96,12 @@ class Theirs:
         from models.init import fill_local
 
         self.config, self.device = config, device
-        model = LlamaForCausalLM(LlamaConfig(**hf_config(config.model, "float32", None, None))).to(device)
+        with device:
+            model: torch.nn.Module = LlamaForCausalLM(LlamaConfig(**hf_config(config.model, "float32", None, None)))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 shape = tuple(parameter.shape)
                 fill_local(parameter, config.model, config.run.seed, our_name(name), shape, (0,) * len(shape))
-        model.config.use_cache = False
         optim = config.optim
         groups = [
             {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": optim.weight_decay},

@@ -46,7 +46,7 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
-def _parse(arguments: Sequence[str] | None) -> PrepareOptions:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python tools/prepare.py",
         description="Turn text into a token store, which a run then reads. The store appears whole or not at all.",
@@ -74,6 +74,11 @@ def _parse(arguments: Sequence[str] | None) -> PrepareOptions:
         metavar="VOCAB",
         help="train a sentencepiece BPE tokenizer of this many tokens on a sample of the inputs",
     )
+    _add_record_options(parser)
+    return parser
+
+
+def _add_record_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-field", default="text", metavar="NAME", help="field or column that holds the text (default: text)"
     )
@@ -110,7 +115,10 @@ def _parse(arguments: Sequence[str] | None) -> PrepareOptions:
         default="auto",
         help="type of a token in the store (default: the smallest that holds the vocabulary)",
     )
-    given = parser.parse_args(arguments)
+
+
+def _parse(arguments: Sequence[str] | None) -> PrepareOptions:
+    given = _parser().parse_args(arguments)
     return PrepareOptions(
         sources=tuple(given.inputs),
         out=given.out,

@@ -43,7 +43,7 @@ def test_a_config_must_come_first(argv: list[str]) -> None:
         parse_command_line(argv, "launchers/train.py")
     assert str(caught.value).startswith(
         "launchers/train.py: the first argument must be a TOML file or the name of a preset. "
-        "Write launchers/train.py CONFIG [--section.field VALUE ...]. Presets: debug, "
+        "Write launchers/train.py CONFIG [--section.field VALUE ...]. Presets: bench, debug, "
     )
 
 

@@ -181,7 +181,7 @@ def test_a_missing_file_names_the_nearest_preset(file: Path) -> None:
     assert problems(Path("configs/quickstat.toml")) == [
         "configs/quickstat.toml: no such file or preset. Did you mean configs/quickstart.toml?"
     ]
-    assert problems(Path("zzz"))[0].startswith("zzz: no such file or preset. Presets: debug, ")
+    assert problems(Path("zzz"))[0].startswith("zzz: no such file or preset. Presets: bench, debug, ")
 
 
 def test_a_folder_is_refused(file: Path, tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+"""A corpus becomes a token store: what is read, counted, refused and published, against plain Python on the same text."""
+
 import fcntl
 import itertools
 import json

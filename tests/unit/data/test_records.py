@@ -1,3 +1,5 @@
+"""Documents out of every format, and bad records by name."""
+
 import gzip
 import json
 from pathlib import Path

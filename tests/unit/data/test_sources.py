@@ -1,3 +1,5 @@
+"""Which files of a folder are read, and in which order."""
+
 import os
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""A token store gives back what was written, and refuses what was altered."""
+
 import json
 import shutil
 from collections.abc import Callable

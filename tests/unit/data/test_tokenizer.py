@@ -1,3 +1,5 @@
+"""Tokenizers give back the text, exactly, and count its bytes; against sentencepiece and tokenizers themselves."""
+
 import json
 import sysconfig
 from collections.abc import Iterator

@@ -35,7 +35,8 @@ def expected(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0
     hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
     logits = (hidden @ weight.T).flatten(0, 1)
     loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    return loss.detach(), *torch.autograd.grad(loss * scale, (hidden, weight))
+    hidden_grad, weight_grad = torch.autograd.grad(loss * scale, (hidden, weight))
+    return loss.detach(), hidden_grad, weight_grad
 
 
 def distance(found: Tensor, truth: Tensor) -> float:

@@ -72,12 +72,12 @@ def test_documents_equal_a_dense_mask(backend: Backend, seq: int) -> None:
 
 def test_each_document_alone_gives_the_same() -> None:
     lengths = [BLOCK // 2, 1, BLOCK + 3, 11]
-    inputs = draw(sum(lengths), 4, 2)
+    q, k, v = draw(sum(lengths), 4, 2)
     documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths)).expand(2, -1)
-    found = attention(*inputs, documents, "blocked").split(lengths, dim=2)
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in inputs), strict=True)
-    for one, part in zip(found, parts, strict=True):
-        assert (one - attention(*part, None, "sdpa")).abs().max() < 1e-14
+    found = attention(q, k, v, documents, "blocked").split(lengths, dim=2)
+    parts = (tensor.split(lengths, dim=2) for tensor in (q, k, v))
+    for one, own_q, own_k, own_v in zip(found, *parts, strict=True):
+        assert (one - attention(own_q, own_k, own_v, None, "sdpa")).abs().max() < 1e-14
 
 
 def test_no_later_token_is_seen() -> None:
