@@ -15,14 +15,14 @@ import torch.distributed as dist
 from configs.check import curve_notice, resume_differences
 from configs.errors import ConfigError, DataError, problem
 from configs.schema import Config
-from engine.checkpoint import Checkpointer, Found
+from engine.checkpoint.checkpointer import Checkpointer, Found
 from engine.data.batches import Batch, Batches
 from engine.data.prepare import prepare_from_config
 from engine.data.store import TokenStore
 from engine.data.tokenizer import Tokenizer
+from engine.files import hash_file
 from engine.folder import RunFolder
 from engine.loss import chunk_cross_entropy, compiled_chunk_loss, next_token
-from engine.manifest import hash_file
 from engine.memory import check_memory
 from engine.metrics import Metrics, Sink, yardstick
 from engine.metrics_log import JsonLines, TensorBoard, truncate_after

@@ -14,7 +14,7 @@ import torch
 from configs.errors import CheckpointError, problem
 from configs.load import config_from_dict
 from configs.schema import ModelConfig
-from engine.checkpoint_reader import CheckpointReader, open_checkpoint
+from engine.checkpoint.reader import CheckpointReader, open_checkpoint
 from models.hf_weights import HfWeights, parameter_shapes
 from models.llama import Llama
 from parallel.fsdp import DTYPES

@@ -79,7 +79,7 @@ def train(run: Run) -> Outcome:
             run.step = step
             counters.add(result)
             if step == run.first_step + 1:
-                _shorten_timeouts(config)
+                _shorten_timeouts(run)
             if _due(step, config.metrics.every_steps, config) or step == run.first_step + 1:
                 last = _record(run, result, counters, lr)
             elif run.progress is not None:
@@ -206,8 +206,11 @@ def _checkpoint(run: Run, counters: Counters, heldout: HeldoutLoss | None) -> No
         run.checkpointer.save(run.step, run.model, run.optimizer, meta, run.data.tokenizer_folder, loss)
 
 
-def _shorten_timeouts(config: Config) -> None:
-    """From here on a silent rank is noticed soon; the first step may compile and wait for slow starters."""
-    limit = timedelta(seconds=config.fault.step_timeout_s)
-    for group in dist.distributed_c10d._world.pg_map:  # pyright: ignore
-        dist.distributed_c10d._set_pg_timeout(limit, group)
+def _shorten_timeouts(run: Run) -> None:
+    """From here on a silent rank is noticed soon; the first step may compile and wait for slow starters.
+
+    The checkpoint's own group keeps its patience: a slow disk is no silent rank.
+    """
+    limit = timedelta(seconds=run.config.fault.step_timeout_s)
+    for group in [dist.group.WORLD, *run.layout.mesh.get_all_groups()]:
+        dist.distributed_c10d._set_pg_timeout(limit, group)  # pyright: ignore

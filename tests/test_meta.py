@@ -102,7 +102,7 @@ def test_data_is_a_leaf_of_the_engine() -> None:
         f"{_name(path)}:{line}: imports {module}"
         for path in _files("engine/data")
         for module, line in _imports(path)
-        if module.startswith("engine.") and not module.startswith(("engine.data", "engine.manifest"))
+        if module.startswith("engine.") and not module.startswith(("engine.data", "engine.files"))
     )
     assert not _lines(wrong)
 

@@ -33,7 +33,7 @@ from engine.data.store import (
 from engine.data.tokenizer import Tokenizer
 from engine.data.tokenizer_training import SAMPLE_BYTES_PER_TOKEN, check_vocab, sample_texts, train_tokenizer
 from engine.data.writer import SHARD_BYTES, SplitWriter
-from engine.manifest import FileEntry, write_whole
+from engine.files import FileEntry, write_whole
 
 BAD_EXAMPLES = 20
 """Bad records that are kept by name; all are counted."""

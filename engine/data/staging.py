@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import DataError, problem
-from engine.manifest import sync_folder
+from engine.files import sync_folder
 
 _LOCK = "lock"
 

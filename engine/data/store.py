@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import DataError, problem
-from engine.manifest import FileEntry, hash_file
+from engine.files import FileEntry, hash_file
 
 FORMAT = "ropewalk-token-store"
 VERSION = 1

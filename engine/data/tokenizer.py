@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import DataError, problem
-from engine.manifest import hash_file
+from engine.files import hash_file
 
 EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<\uff5cend\u2581of\u2581sentence\uff5c>")
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<\uff5cbegin\u2581of\u2581sentence\uff5c>")

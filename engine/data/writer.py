@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.store import DOCUMENT_BYTES, DTYPES, OFFSETS, SplitEntry, shard_name
-from engine.manifest import FileEntry
+from engine.files import FileEntry
 
 SHARD_BYTES = 1 << 30
 

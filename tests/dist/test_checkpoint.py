@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from configs.errors import CheckpointError
 from configs.schema import CheckpointConfig
-from engine.checkpoint import Checkpointer, open_checkpoint
+from engine.checkpoint.checkpointer import Checkpointer, open_checkpoint
 from tests.ranks import ranks, run_ranks
 
 LAYOUTS = {"1": (1,), "2": (2,), "3": (3,), "4": (4,), "2x2": (2, 2)}

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from configs.errors import CheckpointError
-from engine.checkpoint import Checkpointer, open_checkpoint
-from engine.checkpoint_storage import SAFETENSORS_DTYPES
+from engine.checkpoint.checkpointer import Checkpointer, open_checkpoint
+from engine.checkpoint.storage import SAFETENSORS_DTYPES
 from tests.dist.test_checkpoint import PLAIN, build, config, hash_of, load_newest, save_steps, solo, train
 from tests.ranks import ranks, run_ranks
 

@@ -19,8 +19,8 @@ from configs.check import resolve
 from configs.cli import parse_command_line
 from configs.load import load_config
 from engine.build import build_run
-from engine.checkpoint import open_checkpoint
-from engine.checkpoint_state import saved_tensors
+from engine.checkpoint.checkpointer import open_checkpoint
+from engine.checkpoint.state import saved_tensors
 from engine.data.batches import Batch
 from engine.data.prepare import PrepareOptions, prepare
 from engine.train import train

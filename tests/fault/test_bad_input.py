@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import open_checkpoint
+from engine.checkpoint.checkpointer import open_checkpoint
 from engine.data.prepare import PrepareOptions, prepare
 from tests.runs import ROOT, SCRIPT, STEPS, Processes, make_texts, make_workplace, run_to_end, steps_of
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from configs.errors import CheckpointError
 from configs.schema import CheckpointConfig
-from engine.checkpoint import STAGES, Checkpointer, open_checkpoint
+from engine.checkpoint.checkpointer import STAGES, Checkpointer, open_checkpoint
 from tests.ranks import RanksFailed, ranks, run_ranks
 
 CONFIG = CheckpointConfig(keep_last=5, keep_best=False)

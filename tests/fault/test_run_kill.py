@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import open_checkpoint
+from engine.checkpoint.checkpointer import open_checkpoint
 from tests.runs import SCRIPT, STEPS, Processes, last_step, make_workplace, run_to_end, steps_of
 
 

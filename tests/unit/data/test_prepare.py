@@ -1,4 +1,4 @@
-"""A corpus becomes a token store: what is read, counted, refused and published, against plain Python on the same text."""
+"""A corpus becomes a token store: what is read, counted, refused and published, against plain Python."""
 
 import fcntl
 import itertools

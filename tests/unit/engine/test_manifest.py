@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from configs.errors import CheckpointError
-from engine import manifest as m
-from engine.manifest import Chunk, FileEntry, Manifest, TensorEntry
+from engine.checkpoint import manifest as m
+from engine.checkpoint.manifest import Chunk, Manifest, TensorEntry
+from engine.files import FileEntry
 
 SHA = hashlib.sha256(b"abcd").hexdigest()
 

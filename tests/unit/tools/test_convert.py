@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs.check import resolve
 from configs.load import config_to_dict, load_config
 from configs.schema import CheckpointConfig, Config, DataConfig, ModelConfig, PrecisionConfig, RunConfig, StoreConfig
-from engine.checkpoint import Checkpointer
+from engine.checkpoint.checkpointer import Checkpointer
 from engine.data.tokenizer import Tokenizer
 from engine.generate import Sampling
 from engine.generate import generate as generate_tokens

@@ -26,13 +26,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from configs.errors import CheckpointError, problem
 from configs.schema import CheckpointConfig
-from engine.checkpoint_ranks import Ranks, describe
-from engine.checkpoint_reader import CheckpointReader, open_checkpoint
-from engine.checkpoint_state import Staging, differences, live_snapshot, load_targets, saved_tensors, table_of
-from engine.checkpoint_storage import ManifestReader, Staged, StagedPlanner, StreamingWriter
-from engine.manifest import (
+from engine.checkpoint.manifest import (
     MANIFEST,
-    FileEntry,
     Manifest,
     check_files,
     copy_tokenizer,
@@ -44,10 +39,13 @@ from engine.manifest import (
     remove_stale,
     share_files,
     step_folder,
-    sync_folder,
     temporary_name,
-    write_whole,
 )
+from engine.checkpoint.ranks import Ranks, describe
+from engine.checkpoint.reader import CheckpointReader, open_checkpoint
+from engine.checkpoint.state import Staging, differences, live_snapshot, load_targets, saved_tensors, table_of
+from engine.checkpoint.storage import ManifestReader, Staged, StagedPlanner, StreamingWriter
+from engine.files import FileEntry, sync_folder, write_whole
 
 __all__ = ["STAGES", "CheckpointReader", "Checkpointer", "Found", "Written", "open_checkpoint"]
 

@@ -11,8 +11,7 @@ import torch
 from safetensors import safe_open
 
 from configs.errors import CheckpointError, problem
-from engine.checkpoint_storage import DTYPES
-from engine.manifest import (
+from engine.checkpoint.manifest import (
     MANIFEST,
     TOKENIZER,
     Manifest,
@@ -24,6 +23,7 @@ from engine.manifest import (
     read_manifest,
     step_folder,
 )
+from engine.checkpoint.storage import DTYPES
 
 
 class CheckpointReader:

@@ -3,7 +3,7 @@
 A checkpoint is `step-00000100/` with `manifest.json`, which names every file with size and sha256, and every tensor
 with dtype, shape and the chunks it is stored in. The manifest is written last and carries the hash of its own text, so
 a folder is a checkpoint only when its manifest says so and its files agree. Everything here is plain JSON and plain
-files: no torch, no process group, no pickle. It must not decide what is saved; engine/checkpoint.py does.
+files: no torch, no process group, no pickle. It must not decide what is saved; checkpointer.py does.
 """
 
 import hashlib
@@ -19,27 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import CheckpointError, problem
+from engine.files import FileEntry, hash_file, sync_folder, write_whole
 
 VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 MAX_MANIFEST_BYTES = 1 << 30
 MAX_DIMS = 8
-READ_BYTES = 1 << 22
 
 _STEP = re.compile(r"step-(\d{8,12})")
 _STALE = re.compile(r"\.(tmp|trash)-step-\d{8,12}-[0-9a-f]{8}")
 _FILE = re.compile(rf"({TOKENIZER}/)?[A-Za-z0-9_][A-Za-z0-9._-]{{0,199}}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UNSEALED = "0" * 64  # stands where the manifest's own hash goes, while it is hashed
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """One file of a checkpoint."""
-
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,29 +219,6 @@ def remove_stale(folder: Path) -> list[str]:
     return stale
 
 
-def sync_folder(path: Path) -> None:
-    """Force the names in a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, data: bytes) -> FileEntry:
-    """Write a new file, force it to the disk and return its entry."""
-    with open(path, "xb", buffering=0) as file:
-        write_all(file.fileno(), memoryview(data))
-        os.fsync(file.fileno())
-    return FileEntry(len(data), hashlib.sha256(data).hexdigest())
-
-
-def write_all(descriptor: int, data: memoryview) -> None:
-    """Write all of `data`; a write may end early when the disk is nearly full."""
-    while data:
-        data = data[os.write(descriptor, data[: 1 << 30]) :]
-
-
 def copy_tokenizer(source: Path, target: Path) -> dict[str, FileEntry]:
     """Copy the plain files of a tokenizer folder into `target`/tokenizer; return their entries."""
     (target / TOKENIZER).mkdir()
@@ -302,15 +271,6 @@ def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[st
         except OSError as error:
             problems.append(f"{name} can't be read: {error}")
     return problems
-
-
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while data := file.read(READ_BYTES):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 def share_files(files: Mapping[str, FileEntry], rank: int, num_ranks: int) -> list[str]:

@@ -33,7 +33,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from configs.errors import CheckpointError
-from engine.manifest import Chunk, FileEntry, Manifest, TensorEntry, sync_folder, write_all
+from engine.checkpoint.manifest import Chunk, Manifest, TensorEntry
+from engine.files import FileEntry, sync_folder, write_all
 
 SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64",

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from engine.checkpoint_storage import DTYPES, Staged
-from engine.manifest import Manifest, TensorEntry
+from engine.checkpoint.manifest import Manifest, TensorEntry
+from engine.checkpoint.storage import DTYPES, Staged
 
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 
