@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,8 @@ class Processes:
         """Send a signal to every rank that is still there."""
         for rank in self.ranks:
             if rank.exitcode is None and rank.pid is not None:
-                os.kill(rank.pid, signum)
+                with suppress(ProcessLookupError):  # ended since, and reaped by the fork server
+                    os.kill(rank.pid, signum)
 
     def join(self, *, end_all: bool = True, limit_s: float = LIMIT_S) -> list[int | None]:
         """Wait until every rank has ended and return their exit codes; end all once one failed, as torchrun does."""
