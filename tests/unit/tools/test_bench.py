@@ -1,0 +1,37 @@
+"""tools/bench.py: both sides do the same work, and the last line is the ratio."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+TINY = ["--model.vocab_size", "97", "--model.dim", "32", "--model.num_layers", "2", "--model.num_heads", "4",
+        "--model.num_kv_heads", "2", "--model.ffn_dim", "48", "--data.seq_len", "16", "--data.global_batch_size", "4",
+        "--data.micro_batch_size", "2", "--data.stores.0.train_tokenizer", "0", "--data.stores.0.sources", "[]",
+        "--compile.blocks", "false", "--compile.loss", "false", "--precision.compute", "fp32",
+        "--metrics.peak_tflops", "1", "--run.threads", "1", "--run.device", "cpu"]  # fmt: skip
+
+
+def test_both_sides_train_the_same_model_and_the_last_line_is_the_ratio(tmp_path: Path) -> None:
+    command = [sys.executable, "tools/bench.py", "configs/bench.toml", *TINY, "--rounds", "2", "--steps", "2"]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "bench.json")], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "bench.json").read_text())
+    ours, theirs = figures["sides"]["ours"], figures["sides"]["eager"]
+    assert len(ours["losses"]) == 3 + 2 * 2  # the warm-up, and two turns of two steps
+    for here, there in zip(ours["losses"], theirs["losses"], strict=True):
+        assert abs(here - there) < 1e-5 * there
+    assert done.stdout.splitlines()[-1] == f"ratio {figures['ratio']:.2f}"
+    assert figures["ratio"] == ours["tokens_per_s"] / theirs["tokens_per_s"]
+    assert re.search(r"memory ratio \d+\.\d\d", done.stdout)
+
+
+def test_a_wrong_config_is_one_message() -> None:
+    command = [sys.executable, "tools/bench.py", "configs/bench.toml", "--model.dims", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "error: --model.dims: unknown option; did you mean --model.dim?\n"
