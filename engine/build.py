@@ -16,6 +16,7 @@ from configs.check import curve_notice, resume_differences
 from configs.errors import ConfigError, DataError, problem
 from configs.schema import Config
 from engine.checkpoint.checkpointer import Checkpointer, Found
+from engine.compiler import check_compiler
 from engine.data.batches import Batch, Batches
 from engine.data.prepare import prepare_from_config
 from engine.data.store import TokenStore
@@ -104,6 +105,7 @@ def build_run(
     config: Config, given: str, device: torch.device, ranks_on_node: int, progress: ProgressDisplay | None
 ) -> Run:
     """Build a run from a resolved config and the text it was `given` as; torch.distributed is initialised."""
+    check_compiler(config.compile, device)
     check_memory(config, device, ranks_on_node)
     layout = build_layout(config.parallel, device)
     say = progress.say if progress is not None else _silent

@@ -14,7 +14,7 @@ from configs.load import config_from_dict
 from configs.check import resolve
 from configs.schema import Config
 from engine.data.batches import IGNORE, Batch
-from engine.loss import chunk_cross_entropy, next_token
+from engine.loss import ChunkLoss, chunk_cross_entropy, next_token
 from engine.lr import lr_at
 from engine.optim import build_optimizer
 from engine.step import direct, train_step
@@ -55,13 +55,15 @@ def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1].contiguous(), targets
 
 
-def train_here(config: Config, all_ignored_at: int, same_batch: bool) -> dict[str, Any]:
+def train_here(
+    config: Config, all_ignored_at: int, same_batch: bool, chunk_loss: ChunkLoss = chunk_cross_entropy
+) -> dict[str, Any]:
     """Train on the ranks there are; return each step's loss and norm, the first step's gradients, and the weights."""
     config = resolve(config, dist.get_world_size())
     layout = build_layout(config.parallel, torch.device("cpu"))
     model = build_model(config, layout, starting_weights(config))
     optimizer = build_optimizer(model, config.optim)
-    forward_backward = direct(model, next_token(config.objective, chunk_cross_entropy), config.parallel.accumulate)
+    forward_backward = direct(model, next_token(config.objective, chunk_loss), config.parallel.accumulate)
     found: dict[str, Any] = {"losses": [], "norms": [], "skipped": []}
 
     def spy(microbatches: Any, num_tokens: Any) -> torch.Tensor:
