@@ -13,30 +13,6 @@ from configs.load import config_to_dict, load_config
 from configs.ranges import RANGES, numbers
 from configs.schema import Config
 
-SOUND = """
-[run]
-steps = 20
-[model]
-vocab_size = 512
-dim = 64
-num_layers = 2
-num_heads = 4
-ffn_dim = 192
-[data]
-seq_len = 64
-global_batch_size = 8
-[[data.stores]]
-path = "data/x"
-"""
-
-
-@pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    path = Path("x.toml")
-    path.write_text(SOUND)
-    return path
-
 
 def problems(file: Path, words: str, world_size: int) -> list[str]:
     with pytest.raises(ConfigError) as caught:

@@ -9,30 +9,7 @@ import pytest
 from configs.errors import ConfigError
 from configs.load import config_from_dict, config_hash, config_to_dict, load_config, to_toml
 from configs.schema import Config, RopeScalingConfig
-
-SOUND = """
-[run]
-steps = 20
-[model]
-vocab_size = 512
-dim = 64
-num_layers = 2
-num_heads = 4
-ffn_dim = 192
-[data]
-seq_len = 64
-global_batch_size = 8
-[[data.stores]]
-path = "data/x"
-"""
-
-
-@pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    path = Path("x.toml")
-    path.write_text(SOUND)
-    return path
+from tests.unit.configs.conftest import SOUND
 
 
 def problems(path: Path, *overrides: str) -> list[str]:
