@@ -94,7 +94,8 @@ class ModelConfig:
     """Folder with a Hugging Face Llama to start from; empty draws the weights from run.seed. Read at step 0 only."""
     attention: Literal["auto", "sdpa", "blocked"] = "auto"
     """Kernel of attention: torch's SDPA, or blocks of queries with recomputed scores (exact, no S x S tensor, fast on
-    CPUs when compiled); auto takes SDPA on GPUs and blocks on CPUs."""
+    CPUs when compiled); auto takes blocks on CPUs where they are compiled, else SDPA. Document masks always run in
+    blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +108,7 @@ class StoreConfig:
     """Share of this store in the mix, relative to the others."""
     sources: tuple[str, ...] = ()
     """Files and folders to prepare the store from when `path` does not exist; `python-stdlib` names the sources of
-    Python's own standard library."""
+    Python's own standard library. For small corpora: the other ranks wait; prepare large ones with tools/prepare.py."""
     tokenizer: str = ""
     """Tokenizer for that preparation: a sentencepiece .model or a tokenizer.json."""
     train_tokenizer: int = 0

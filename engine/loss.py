@@ -58,7 +58,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+            # In the format of the sum: 1 / num_tokens in bf16 would scale the blocks' gradients, and not the head's.
+            grad_hidden = (grad_hidden.to(grad.dtype) * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
@@ -80,7 +81,8 @@ def cross_entropy_sum(
 
 def compiled_chunk_loss() -> ChunkLoss:
     """Compile the cross entropy of a chunk: its passes over the logits become two."""
-    return torch.compile(chunk_cross_entropy, fullgraph=True)
+    # Static: the last, shorter chunk would otherwise make every later graph one of any length.
+    return torch.compile(chunk_cross_entropy, fullgraph=True, dynamic=False)
 
 
 def next_token(config: ObjectiveConfig, chunk_loss: ChunkLoss) -> Callable[[nn.Module, Batch], Tensor]:

@@ -80,7 +80,7 @@ def train(run: Run) -> Outcome:
             counters.add(result)
             if step == run.first_step + 1:
                 _shorten_timeouts(run)
-            if _due(step, config.metrics.every_steps, config) or step == run.first_step + 1:
+            if _due(step, config.metrics.every_steps, config) or step == 1:
                 last = _record(run, result, counters, lr)
             elif run.progress is not None:
                 run.progress.advance(step)

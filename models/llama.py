@@ -10,6 +10,8 @@ knows of ranks; layers sit in a ModuleDict so that their names survive when some
 Sources: arXiv:2302.13971 (Llama), arXiv:1910.07467 (RMSNorm), arXiv:2002.05202 (SwiGLU), arXiv:2305.13245 (GQA).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -34,6 +36,31 @@ class RMSNorm(nn.Module):
         precise = x.to(torch.promote_types(x.dtype, torch.float32))
         precise = precise * torch.rsqrt(precise.square().mean(dim=-1, keepdim=True) + self.eps)
         return precise.to(x.dtype) * self.weight
+
+
+class _LookUp(torch.autograd.Function):
+    """Rows of a table; their gradients are added up in at least fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows, ctx.dtype = weight.shape[0], weight.dtype
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        (tokens,) = ctx.saved_tensors
+        precise = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        return torch.ops.aten.embedding_dense_backward(precise, tokens, ctx.rows, -1, False).to(ctx.dtype), None
+
+
+class Embedding(nn.Embedding):
+    """Tokens to vectors. On CPUs torch adds bf16 gradients up in bf16, which loses most of a frequent token's."""
+
+    def forward(self, input: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq dim"]:
+        """Look up each token."""
+        on_cpu = self.weight.device.type == "cpu"
+        return _LookUp.apply(self.weight, input) if on_cpu else super().forward(input)  # pyright: ignore
 
 
 class LayerCache:
@@ -144,7 +171,7 @@ class Llama(nn.Module):
         super().__init__()
         assert config.num_kv_heads and config.head_dim, "the model config must be resolved first"
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(i): Block(config, backend) for i in range(config.num_layers)})
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)

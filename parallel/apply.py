@@ -19,7 +19,8 @@ def build_model(config: Config, layout: Layout, fill: Fill) -> Llama:
     # Before FSDP, so that its gathering stays outside of the graph and one graph serves all blocks.
     if config.compile.blocks:
         for block in blocks:
-            block.compile(fullgraph=True)
+            # Static: an evaluation of fewer sequences would otherwise make the training's graph one of any batch.
+            block.compile(fullgraph=True, dynamic=False)
     shard(model, blocks, layout.mesh, config.parallel, config.precision)
     # After sharding, so that a rank allocates and draws its shards only.
     materialise(model, layout.device, fill)

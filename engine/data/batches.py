@@ -41,10 +41,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device."""
-        positions = None if self.positions is None else self.positions.to(device, non_blocking=True)
-        documents = None if self.documents is None else self.documents.to(device, non_blocking=True)
-        tokens = self.tokens.to(device, non_blocking=True)
-        return Batch(tokens, self.targets.to(device, non_blocking=True), positions, documents, self.num_bytes)
+
+        def moved(tensor: Tensor) -> Tensor:
+            # Pinned: a copy from other memory would wait for all that the device was told before it.
+            host = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+            return host.to(device, non_blocking=True)
+
+        positions = None if self.positions is None else moved(self.positions)
+        documents = None if self.documents is None else moved(self.documents)
+        return Batch(moved(self.tokens), moved(self.targets), positions, documents, self.num_bytes)
 
 
 class Batches:

@@ -5,7 +5,7 @@ import torch
 
 from configs.schema import ModelConfig
 from models.hf_weights import parameter_shapes
-from models.llama import LayerCache, Llama, RMSNorm
+from models.llama import Embedding, LayerCache, Llama, RMSNorm
 
 
 def make(tie: bool = False, bias: bool = False) -> Llama:
@@ -75,3 +75,23 @@ def test_layers_keep_their_names_when_some_are_taken_away() -> None:
     del model.layers["0"]
     assert {name.split(".")[1] for name, _ in model.named_parameters() if name.startswith("layers.")} == {"1"}
     assert model(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 16)
+
+
+def test_the_gradient_of_a_frequent_token_keeps_all_its_occurrences() -> None:
+    """A sum in bf16 stands still at 256 times what is added."""
+    embedding = Embedding(5, 8).bfloat16()
+    tokens = torch.tensor([[3] * 2000 + [1]])
+    embedding(tokens).sum().backward()
+    assert embedding.weight.grad is not None
+    assert embedding.weight.grad.dtype == torch.bfloat16
+    assert embedding.weight.grad[:, 0].tolist() == [0.0, 1.0, 0.0, 2000.0, 0.0]
+
+
+def test_gradients_of_the_embedding_are_exact() -> None:
+    embedding, plain = Embedding(5, 8).double(), torch.nn.Embedding(5, 8).double()
+    plain.load_state_dict(embedding.state_dict())
+    tokens, upstream = torch.randint(0, 5, (2, 7)), torch.randn(2, 7, 8, dtype=torch.float64)
+    for table in (embedding, plain):
+        table(tokens).backward(upstream)
+    assert embedding.weight.grad is not None and plain.weight.grad is not None
+    assert torch.equal(embedding.weight.grad, plain.weight.grad)
