@@ -6,7 +6,9 @@ the process, which a training does anyway at its peak.
 """
 
 import ctypes
-from collections.abc import MutableMapping
+import os
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -17,6 +19,18 @@ _AT_ONCE = 64 << 20
 def use_huge_pages(environment: MutableMapping[str, str]) -> None:
     """Ask torch for huge pages under large CPU tensors; must come before torch is imported. A user's choice stays."""
     environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+@contextmanager
+def huge_pages_for_children() -> Iterator[None]:
+    """Start processes in this block, and they get huge pages as a run does."""
+    before = dict(os.environ)
+    use_huge_pages(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def keep_freed_memory() -> bool:

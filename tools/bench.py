@@ -15,6 +15,7 @@ import platform
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,7 +29,7 @@ from configs.load import config_to_dict, load_config
 from configs.schema import Config
 from engine.metrics import peak_memory_gib
 from engine.peaks import choose_peak, measured_gemm_tflops
-from launchers.allocator import keep_freed_memory
+from launchers.allocator import huge_pages_for_children, keep_freed_memory
 from launchers.env import usable_cores
 from models.flops import flops_per_token, num_params
 from parallel.fsdp import DTYPES
@@ -175,7 +176,8 @@ def measure(
     for side in ("ours", theirs):
         near, far = context.Pipe()
         process = context.Process(target=_work, args=(side, config, device, threads, tuned, far), daemon=True)
-        process.start()
+        with huge_pages_for_children() if side == "ours" or tuned else nullcontext():
+            process.start()
         far.close()
         processes.append(process)
         pipes[side] = near

@@ -12,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,39 @@ def _train(argv: list[str]) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     command += ["launchers/train.py", str(CONFIG), *argv]
     print(f"torchrun --nproc-per-node {RANKS} launchers/train.py {' '.join([str(CONFIG), *argv])}", flush=True)
-    # A session of its own: otherwise Ctrl-C reaches every process by itself, and each prints a traceback.
+    # A session of its own: otherwise Ctrl-C reaches torchrun by itself, which prints a traceback.
     process = subprocess.Popen(command, start_new_session=True)
     try:
         return process.wait()
     except KeyboardInterrupt:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _end(process)
         print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
+
+
+def _end(torchrun: subprocess.Popen[bytes]) -> None:
+    """Kill torchrun and its ranks; each rank leads a session of its own, with what it has started."""
+    torchrun.send_signal(signal.SIGSTOP)  # it must start no rank while they are looked up
+    ranks = _children_of(torchrun.pid)
+    torchrun.kill()
+    for rank in ranks:
+        for kill in (os.killpg, os.kill):  # a rank just forked leads no group yet
+            with suppress(ProcessLookupError):
+                kill(rank, signal.SIGKILL)
+    torchrun.wait()
+
+
+def _children_of(pid: int) -> list[int]:
+    if Path("/proc/self/stat").exists():  # Linux, where containers often have no ps
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # ended since
+                if int(stat.read_text(errors="replace").rpartition(")")[2].split()[1]) == pid:
+                    found.append(int(stat.parent.name))
+        return found
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)
+    pairs = [line.split() for line in listed.stdout.splitlines()]
+    return [int(child) for child, parent in pairs if int(parent) == pid]
 
 
 def report(folder: RunFolder, config: Config) -> None:

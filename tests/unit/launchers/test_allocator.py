@@ -1,11 +1,12 @@
 """Freed host memory is kept: the kernel has no new pages to find for the next block."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from launchers.allocator import use_huge_pages
+from launchers.allocator import huge_pages_for_children, use_huge_pages
 
 # Faults of allocating and freeing 64 MiB twenty times, in a process of its own: the setting is for good.
 COUNT_FAULTS = """
@@ -40,3 +41,11 @@ def test_the_users_choice_of_pages_stays() -> None:
     use_huge_pages(chosen)
     use_huge_pages(unset)
     assert (chosen, unset) == ({"THP_MEM_ALLOC_ENABLE": "0"}, {"THP_MEM_ALLOC_ENABLE": "1"})
+
+
+def test_children_get_huge_pages_and_this_process_stays_as_it_was() -> None:
+    before = dict(os.environ)
+    with huge_pages_for_children():
+        child = [sys.executable, "-c", "import os; print(os.environ['THP_MEM_ALLOC_ENABLE'])"]
+        assert subprocess.run(child, capture_output=True, text=True, check=True).stdout == "1\n"
+    assert dict(os.environ) == before

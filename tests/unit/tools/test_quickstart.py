@@ -1,19 +1,26 @@
-"""tools/quickstart.py, with fewer steps: it prints what it promises, and reuses what is there."""
+"""tools/quickstart.py, with fewer steps: it prints what it promises, reuses what is there, and ends with its ranks."""
 
 import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def quickstart(tmp_path: Path) -> str:
-    overrides = ["--run.dir", str(tmp_path), "--data.stores.0.path", str(tmp_path / "store"), "--run.steps", "3",
+def command(tmp_path: Path, steps: int) -> list[str]:
+    overrides = ["--run.dir", str(tmp_path), "--data.stores.0.path", str(tmp_path / "store"), "--run.steps", str(steps),
                  "--data.stores.0.max_bytes", "1_500_000", "--lr.warmup_steps", "1", "--eval.max_sequences", "4",
                  "--data.global_batch_size", "2", "--model.num_layers", "1", "--model.dim", "48"]  # fmt: skip
-    command = [sys.executable, "tools/quickstart.py", *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    return [sys.executable, "tools/quickstart.py", *overrides]
+
+
+def quickstart(tmp_path: Path) -> str:
+    done = subprocess.run(command(tmp_path, 3), cwd=ROOT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     return done.stdout
@@ -34,3 +41,34 @@ def test_it_prints_what_it_promises_and_reuses_what_is_there(tmp_path: Path) -> 
     assert "is trained already; reusing it" in again
     assert "step 1/3" not in again
     assert re.findall(r"after training.*", again) == re.findall(r"after training.*", first)
+
+
+def processes_naming(path: Path) -> list[str]:
+    """Command lines of all processes that name `path`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(entry.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in found if str(path) in line]
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
+def test_ctrl_c_leaves_no_rank_behind(tmp_path: Path) -> None:
+    """torchrun gives each rank a session of its own, which no signal to torchrun's group reaches."""
+    process = subprocess.Popen(
+        command(tmp_path, 100_000), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.match(r"step\s+1/", line):
+            break
+    ranks = [line for line in processes_naming(tmp_path) if " -u launchers/train.py" in line]
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=30)[0]  # ends only when nobody holds the pipe any more
+    assert len(ranks) == 2, "".join(lines)
+    assert process.returncode == 130
+    assert "interrupted; the same command continues from the last checkpoint" in rest
+    assert "Traceback" not in "".join(lines) + rest
+    assert processes_naming(tmp_path) == []
