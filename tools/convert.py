@@ -10,6 +10,7 @@ transformers' AutoModelForCausalLM and AutoTokenizer load.
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -99,7 +100,8 @@ def _import(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
     if not Path(store).exists():
         tokenizer = saved.tokenizer or "TOKENIZER"
-        print(f"next: python tools/prepare.py YOUR_TEXT --tokenizer {tokenizer} --out {store}")
+        python = shlex.quote(os.path.relpath(sys.executable))
+        print(f"next: {python} tools/prepare.py YOUR_TEXT --tokenizer {tokenizer} --out {store}")
 
 
 def _export(args: argparse.Namespace) -> None:

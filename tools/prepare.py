@@ -5,6 +5,7 @@ on it. docs/data.md says what is read, what a bad record is and how the store lo
 """
 
 import argparse
+import os
 import re
 import shlex
 import signal
@@ -19,8 +20,9 @@ from configs.errors import RunError
 from engine.data.prepare import DEFAULT_HELDOUT, Prepared, PrepareOptions, Progress, ProgressCallback, prepare
 from engine.data.sources import STDLIB, listed_suffixes, supported
 
-NEXT_COMMAND = "torchrun --nproc-per-node 2 launchers/train.py configs/quickstart.toml {overrides}"
-"""What to run on a new store; `overrides` names the store, its vocabulary and a run of its own."""
+NEXT_COMMAND = "{torchrun} --nproc-per-node 2 launchers/train.py configs/quickstart.toml {overrides}"
+"""What to run on a new store; `torchrun` is that of this environment, `overrides` names the store, its vocabulary and a
+run of its own."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -200,12 +202,13 @@ def _how_to_go_on(path: Path, vocab_size: int) -> list[str]:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)
     stores = shlex.quote(f'[{{path = "{quoted}"}}]')
     overrides = f"--run.name {name} --model.vocab_size {vocab_size} --data.stores {stores}"
+    torchrun = shlex.quote(os.path.relpath(Path(sys.executable).with_name("torchrun")))  # .venv need not be active
     return [
         "In a config:",
         "  [[data.stores]]",
         f'  path = "{quoted}"',
         "Or from here:",
-        f"  {NEXT_COMMAND.format(overrides=overrides)}",
+        f"  {NEXT_COMMAND.format(torchrun=torchrun, overrides=overrides)}",
     ]
 
 

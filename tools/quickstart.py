@@ -30,6 +30,9 @@ PROMPT = "def "
 
 def main(argv: list[str]) -> int:
     """Train if anything is left to train, then report; return the exit code."""
+    if argv in (["--help"], ["-h"]):
+        print(f"{__doc__}\nEvery field: python launchers/train.py quickstart --help")
+        return 0
     try:
         config = resolve(load_config(CONFIG, argv), RANKS)
         folder = RunFolder(config.run)
@@ -130,7 +133,7 @@ def _print_speed(last: dict[str, Any], tokens_per_s: float) -> None:
 def _print_sample(folder: RunFolder) -> None:
     """Stream a sample from the newest checkpoint, as a person would ask for it."""
     command = [sys.executable, "tools/generate.py", str(folder.path), "--prompt", PROMPT, "--max-new-tokens", "120"]
-    print(f"\nsample: {shlex.join(['python', *command[1:]])}\n", flush=True)
+    print(f"\nsample: {shlex.join([os.path.relpath(sys.executable), *command[1:]])}\n", flush=True)
     subprocess.run(command, check=False)
 
 

@@ -64,6 +64,7 @@ def test_the_next_command_is_a_valid_one(tmp_path: Path) -> None:
     import shlex
 
     words = shlex.split(lines[-1])
+    assert Path(words[0]).is_file()  # found without an active .venv
     at = words.index("configs/quickstart.toml")
     config = load_config(ROOT / words[at], words[at + 1 :])
     assert [store.path for store in config.data.stores] == [str(tmp_path / "my store")]

@@ -33,7 +33,7 @@ def test_it_prints_what_it_promises_and_reuses_what_is_there(tmp_path: Path) -> 
         r"after training\s+\d+\.\d{4}\s+\d+\.\d{4}",
         r"[\d,]+ tokens/s on 2 ranks, MFU [\d.]+% \([\d.]+% with causal attention\), [\d.]+% of the measured GEMM rate",
         r"store\s+token store and tokenizer",
-        r"sample: python tools/generate.py \S+ --prompt 'def '",
+        r"sample: \S+python\S* tools/generate.py \S+ --prompt 'def '",
         r"step\s+3/3\s+loss",
     ):
         assert re.search(what, first), what
