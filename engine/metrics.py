@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -202,6 +202,8 @@ class RankCosts:
 
     data_wait_s: float
     memory_gib: float
+    gemm_share: float
+    """Of the last logged step."""
 
 
 class Sink(Protocol):
@@ -236,6 +238,7 @@ class Metrics:
         """Start the clock at `step` steps done; make it right before the first step."""
         self._yard, self._device, self._sinks = yard, device, sinks
         self._throughput = Throughput(step, num_tokens, clock)
+        self._gemm_share = 0.0
         self.waiting_for_data = self._throughput.waiting_for_data
         self.add_data_wait = self._throughput.add_data_wait
 
@@ -257,7 +260,15 @@ class Metrics:
 
     def rank_costs(self, step: int) -> RankCosts:
         """Return this rank's own costs at a logged step, for the loop to take the largest over ranks."""
-        return RankCosts(self._throughput.data_wait_per_step(step), peak_memory_gib(self._device)[0])
+        return RankCosts(self._throughput.data_wait_per_step(step), peak_memory_gib(self._device)[0], self._gemm_share)
+
+    def raise_gemm_rate(self, tflops: float) -> None:
+        """Take a newly measured GEMM rate where it is above the known one, which something else had slowed then."""
+        if tflops > self._yard.gemm_tflops:
+            peak = self._yard.peak
+            if peak.kind == "measured":
+                peak = replace(peak, tflops=tflops)
+            self._yard = replace(self._yard, peak=peak, gemm_tflops=tflops)
 
     def record(
         self,
@@ -301,6 +312,7 @@ class Metrics:
             gemm_tflops=yard.gemm_tflops,
             time=time.time(),
         )
+        self._gemm_share = record.gemm_share
         self._write(record)
         return record
 

@@ -76,6 +76,10 @@ def _import(args: argparse.Namespace) -> None:
     if args.out.exists():
         do = "Remove it or give another name."
         raise ConfigError(problem(str(args.out), "", "exists already", "nothing is ever overwritten", do))
+    if args.folder.is_dir() and not (args.folder / "config.json").is_file():
+        why = "a Hugging Face folder describes its model there"
+        do = "Copy the model's config.json beside the weights."
+        raise CheckpointError(problem(str(args.folder / "config.json"), "", "no such file", why, do))
     saved = open_model(args.folder)
     name = args.out.stem
     store = args.store or f"data/{name}"

@@ -20,9 +20,13 @@ from engine.data.tokenizer import Tokenizer
 from engine.generate import Sampling, generate
 from engine.hf_tokenizer import leading_ids
 from engine.saved_model import SavedModel, load_model, open_model
+from models.flops import num_params
 from models.hf_weights import HfWeights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+SMALL = 100_000_000
+"""Parameters below which threads that wait for each other cost more than they compute, most of all on busy cores."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,12 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token; same as --temperature 0")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: one for a small model, else all)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="format to compute in (default: the model's own)")
     parser.add_argument("--tokenizer", default="", help="tokenizer.json or .model (default: the one with the model)")
     return parser
 
 
 def _generate(args: argparse.Namespace) -> None:
+    if args.threads < 0:
+        raise ConfigError(problem("--threads", args.threads, "must be at least 0"))
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens,
         temperature=0.0 if args.greedy else args.temperature,
@@ -74,6 +81,9 @@ def _generate(args: argparse.Namespace) -> None:
         print(f"note: {note}", file=sys.stderr)
     tokenizer = _tokenizer(args.tokenizer, saved)
     prompt = _prompt(args.prompt, tokenizer, saved)
+    threads = args.threads or int(num_params(saved.config) < SMALL)
+    if threads:
+        torch.set_num_threads(threads)
     model = load_model(saved, device, DTYPES[args.dtype] if args.dtype else saved.dtype)
     stream = tokenizer.stream()
     num_tokens = 0

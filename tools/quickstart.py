@@ -58,7 +58,9 @@ def _is_done(folder: RunFolder, config: Config) -> bool:
 
 def _train(argv: list[str]) -> int:
     """Run torchrun; on Ctrl-C end all its processes at once, which costs at most the steps since a checkpoint."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    # torchrun warns where it is unset; the launcher sets each rank's threads itself.
+    command = ["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "torch.distributed.run"]
+    command += ["--standalone", "--nproc-per-node", str(RANKS)]
     command += ["launchers/train.py", str(CONFIG), *argv]
     print(f"torchrun --nproc-per-node {RANKS} launchers/train.py {' '.join([str(CONFIG), *argv])}", flush=True)
     # A session of its own: otherwise Ctrl-C reaches torchrun by itself, which prints a traceback.

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from configs.errors import DataError, RunError
 from configs.schema import ModelConfig
 from engine.metrics import Metrics, RankCosts, Throughput, Yardstick, peak_memory_gib, perplexity, yardstick
 from engine.metrics_log import JsonLines, TensorBoard, read_metrics, truncate_after
-from engine.peaks import Peak
+from engine.peaks import Peak, PeakKind
 
 CPU = torch.device("cpu")
 YARD = Yardstick(
@@ -89,6 +90,22 @@ def test_rates_of_an_interval_follow_their_formulas() -> None:
     )
 
 
+@pytest.mark.parametrize(("kind", "peak_after"), [("datasheet", 16.0), ("measured", 20.0)])
+def test_a_gemm_rate_below_the_step_is_raised(kind: PeakKind, peak_after: float) -> None:
+    clock = Clock()
+    yard = replace(YARD, peak=replace(YARD.peak, kind=kind))
+    metrics = Metrics(yard, CPU, clock=clock)
+    clock.now += 1.0
+    assert metrics.record(1, 1.0, 1.0, 1.0, 8_000).gemm_share == pytest.approx(16 / 10)
+    assert metrics.rank_costs(2).gemm_share == pytest.approx(16 / 10)  # what tells the run to measure again
+    metrics.raise_gemm_rate(5.0)  # slower still: the known one stays
+    metrics.raise_gemm_rate(20.0)
+    clock.now += 1.0
+    record = metrics.record(2, 1.0, 1.0, 1.0, 16_000)
+    assert record.gemm_share == pytest.approx(16 / 20)
+    assert (record.gemm_tflops, record.peak_tflops) == (20.0, peak_after)
+
+
 def test_each_interval_starts_from_nothing() -> None:
     clock = Clock()
     metrics = metrics_with(None, clock)
@@ -125,7 +142,7 @@ def test_costs_over_ranks_replace_the_ranks_own() -> None:
     clock.now += 1.0
     own = metrics.rank_costs(1)
     assert own.data_wait_s == 0.25
-    record = metrics.record(1, 1.0, 1.0, 1.0, 100, RankCosts(0.75, 123.0))
+    record = metrics.record(1, 1.0, 1.0, 1.0, 100, RankCosts(0.75, 123.0, 0.0))
     assert (record.data_wait_s, record.memory_gib) == (0.75, 123.0)
 
 

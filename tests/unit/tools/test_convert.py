@@ -164,6 +164,17 @@ def test_import_writes_a_config_that_loads_and_names_the_folder(
     )
 
 
+def test_import_names_a_missing_config_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model.safetensors").touch()
+    code, error = refusal(capsys, convert, "import", tmp_path / "hf", "--out", tmp_path / "x.toml")
+    assert (code, error) == (
+        1,
+        f"error: {tmp_path / 'hf' / 'config.json'}: no such file (a Hugging Face folder describes its model there). "
+        "Copy the model's config.json beside the weights.\n",
+    )
+
+
 def test_import_refuses_what_does_not_fit_and_writes_nothing(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
