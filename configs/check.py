@@ -38,12 +38,16 @@ def resolve(config: Config, world_size: int) -> Config:
     if problems:
         raise ConfigError(problems)
     model, parallel, data = config.model, config.parallel, config.data
-    num_kv_heads = model.num_kv_heads or model.num_heads
+    dp_size = world_size // (parallel.cp * parallel.tp * parallel.pp)
+    # A pipeline wants many microbatches to keep its stages busy.
+    whole = 1 if parallel.pp > 1 else data.global_batch_size // dp_size
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(model, num_kv_heads=num_kv_heads, head_dim=_head_dim(model)),
-        parallel=dataclasses.replace(parallel, dp_shard=world_size // parallel.dp_replicate),
-        data=dataclasses.replace(data, micro_batch_size=data.micro_batch_size or data.global_batch_size // world_size),
+        model=dataclasses.replace(
+            model, num_kv_heads=model.num_kv_heads or model.num_heads, head_dim=_head_dim(model)
+        ),
+        parallel=dataclasses.replace(parallel, dp_shard=dp_size // parallel.dp_replicate),
+        data=dataclasses.replace(data, micro_batch_size=data.micro_batch_size or whole),
     )
 
 

@@ -185,17 +185,52 @@ class LrConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """Degrees of the mesh and how parameters and gradients are sharded over it."""
+    """Degrees of the mesh and how the model, its gradients and its sequences are laid out over it."""
 
     dp_replicate: int = 1
     """Replicas of the sharded model (HSDP)."""
     dp_shard: int = -1
     """Ranks a replica is sharded over (FSDP2); -1 takes the rest."""
+    cp: int = 1
+    """Ranks that share each sequence (context parallelism); parameters are sharded over them too."""
+    tp: int = 1
+    """Ranks that share each matrix and, between the matrices, each sequence (tensor and sequence parallelism)."""
+    pp: int = 1
+    """Ranks that share the layers (pipeline parallelism)."""
+    schedule: Literal[
+        "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+    ] = "1F1B"
+    """Order of the pipeline's microbatches; GPipe and 1F1B have one stage a rank, ZBVZeroBubble and DualPipeV two."""
+    schedule_csv: str = ""
+    """File with a schedule of one's own, one row a rank, in the format of torch's pipeline schedules; instead of
+    `schedule`."""
+    stages_per_rank: int = 0
+    """Stages of each pipeline rank under a schedule that loops; 0 takes one, or two where the schedule needs them."""
+    layers_per_stage: tuple[int, ...] = ()
+    """Layers of each stage, first to last; empty splits by cost, the embedding and the head counted in."""
+    async_tp: bool = False
+    """Overlap tensor parallelism's collectives with its matrix products; on GPUs, with compile.blocks."""
     reshard_after_forward: bool = True
     """Free a block's gathered parameters after its forward and gather them again for the backward."""
+    prefetch_blocks: int = 0
+    """Blocks whose parameters are gathered ahead of their turn, explicitly; 0 leaves it to FSDP2, which gathers one
+    ahead."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory; the device holds what is gathered."""
     accumulate: Literal["sharded", "unsharded"] = "sharded"
     """sharded: each microbatch's gradient is reduce-scattered into the fp32 shard. unsharded: gradients are reduced
     once a step, at the price of a whole fp32 gradient on each rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecomputeConfig:
+    """Activations that the backward pass computes again instead of keeping them."""
+
+    mode: Literal["none", "full", "selective"] = "none"
+    """none keeps all. full keeps a block's input only. selective keeps attention and every other matrix product of a
+    block and computes the rest again."""
+    every_blocks: int = 1
+    """Recompute every n-th block; 1 is every block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,6 +314,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     lr: LrConfig = field(default_factory=LrConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

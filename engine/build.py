@@ -30,7 +30,7 @@ from engine.metrics_log import JsonLines, TensorBoard, truncate_after
 from engine.optim import build_optimizer
 from engine.peaks import choose_peak, describe_peak, measured_gemm_tflops
 from engine.progress import ProgressDisplay
-from engine.step import ForwardBackward, Objective, direct
+from engine.step import Forward, ForwardBackward, direct
 from engine.weights import starting_weights
 from models.flops import num_params
 from models.llama import Llama
@@ -50,7 +50,7 @@ class Run:
     heldout: Callable[[], Iterable[Batch]]
     model: Llama
     optimizer: torch.optim.Optimizer
-    objective: Objective
+    forward: Forward
     forward_backward: ForwardBackward
     checkpointer: Checkpointer
     progress: ProgressDisplay | None
@@ -69,10 +69,10 @@ class Run:
         if self.metrics is None:
             config, device = self.config, self.layout.device
             peak = choose_peak(config.metrics.peak_tflops, device, DTYPES[config.precision.compute], self.gemm_tflops)
-            yard = yardstick(config.model, config.data.seq_len, self.layout.dp_size, peak, self.gemm_tflops)
+            yard = yardstick(config.model, config.data.seq_len, self.layout.world_size, peak, self.gemm_tflops)
             if self.progress is not None:
                 self.progress.say(describe_peak(peak, self.gemm_tflops))
-            sinks = self._sinks() if self.layout.dp_rank == 0 else ()
+            sinks = self._sinks() if self.layout.rank == 0 else ()
             self.metrics = Metrics(yard, device, step=self.step, num_tokens=self.num_tokens, sinks=sinks)
         return self.metrics
 
@@ -110,7 +110,7 @@ def build_run(
     layout = build_layout(config.parallel, device)
     say = progress.say if progress is not None else _silent
     folder = RunFolder(config.run)
-    if layout.dp_rank == 0:
+    if layout.rank == 0:
         folder.claim()
         _prepare_stores(config, say)
         _prove_tokenizers(config)
@@ -134,7 +134,7 @@ def build_run(
         heldout=heldout,
         model=model,
         optimizer=optimizer,
-        objective=objective,
+        forward=partial(objective, model),
         forward_backward=direct(model, objective, config.parallel.accumulate),
         checkpointer=checkpointer,
         progress=progress,
@@ -142,7 +142,7 @@ def build_run(
     if found is not None:
         run.restore(found)
         say(f"continuing from {found.path}")
-    if layout.dp_rank == 0:
+    if layout.rank == 0:
         folder.write_configs(given, config)
     dist.barrier()
     # On all ranks at once: ranks that share a machine share its rate.
@@ -156,7 +156,7 @@ def _silent(text: str) -> None:
 
 def _layout_text(layout: Layout) -> str:
     degrees = ", ".join(f"{axis} {size}" for axis, size in zip(layout.axes, layout.shape, strict=True) if size > 1)
-    ranks = f"{layout.dp_size} ranks" if layout.dp_size > 1 else "1 process"
+    ranks = f"{layout.world_size} ranks" if layout.world_size > 1 else "1 process"
     return f"{ranks} on {layout.device.type}" + (f" ({degrees})" if degrees else "")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from engine.data.batches import IGNORE, Batch
-from engine.step import Objective
+from engine.step import Forward
 from parallel.fsdp import free_gathered
 from parallel.mesh import Layout
 
@@ -25,17 +25,18 @@ class HeldoutLoss:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, objective: Objective, batches: Iterable[Batch], layout: Layout) -> HeldoutLoss:
+def evaluate(model: nn.Module, forward: Forward, batches: Iterable[Batch], layout: Layout) -> HeldoutLoss:
     """Sum the loss over the batches of all ranks; every rank must bring as many batches as the others."""
     # Summed in float64 on the host side of the device: thousands of float32 sums would drift with their number.
-    totals = torch.zeros(3, dtype=torch.float64, device=layout.device)
+    total = torch.zeros((), dtype=torch.float64, device=layout.device)
+    counts = torch.zeros(2, dtype=torch.float64, device=layout.device)
     for batch in batches:
-        loss_sum = objective(model, batch)
-        totals[0] += loss_sum
-        totals[1] += (batch.targets != IGNORE).sum()
-        totals[2] += batch.num_bytes
+        total += forward(batch)
+        counts[0] += (batch.targets != IGNORE).sum()
+        counts[1] += batch.num_bytes
     free_gathered(model)
-    loss_sum, num_tokens, num_bytes = layout.sum_over_dp(totals).tolist()
+    loss_sum = layout.sum_over_losses(total).item()
+    num_tokens, num_bytes = layout.sum_over_tokens(counts).tolist()
     loss = loss_sum / max(num_tokens, 1.0)
     bits_per_byte = loss_sum / math.log(2) / num_bytes if num_bytes > 0 else None
     return HeldoutLoss(loss, bits_per_byte, int(num_tokens))

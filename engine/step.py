@@ -19,6 +19,9 @@ from parallel.mesh import Layout
 Objective = Callable[[nn.Module, Batch], Tensor]
 """(model, batch) -> the sum of the losses of the batch's targets on this rank, nats."""
 
+Forward = Callable[[Batch], Tensor]
+"""(batch) -> this rank's part of the batch's loss sum, without gradients."""
+
 ForwardBackward = Callable[[Sequence[Batch], Tensor], Tensor]
 """(microbatches, num_tokens) -> this rank's loss sum; gradients of loss_sum / num_tokens are added up on the way."""
 
@@ -47,7 +50,7 @@ def train_step(
     layout: Layout,
 ) -> StepResult:
     """Update the weights from the global batch of one step."""
-    num_tokens = layout.sum_over_dp(count_targets(microbatches))
+    num_tokens = layout.sum_over_tokens(count_targets(microbatches))
     loss_sum = forward_backward(microbatches, num_tokens)
     grad_norm = clip_grad_norm(model, max_grad_norm)
     skipped = (~torch.isfinite(grad_norm) | (num_tokens == 0)).to(torch.float32)

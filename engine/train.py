@@ -142,7 +142,7 @@ def _collected_at_fixed_steps() -> Iterator[None]:
 def _record(run: Run, result: StepResult, counters: Counters, lr: float) -> StepRecord:
     """Read the device, once, and write the record of a logged step; a sick run ends here."""
     assert run.metrics is not None, "metrics start before the first step"
-    loss_sum = run.layout.sum_over_dp(result.loss_sum.double().clone())
+    loss_sum = run.layout.sum_over_losses(result.loss_sum.double().clone())
     count = result.num_tokens.double().clamp(min=1)
     sums = torch.stack(
         [loss_sum / count, result.grad_norm.double(), counters.num_tokens.double(), counters.non_finite.double(),
@@ -150,7 +150,7 @@ def _record(run: Run, result: StepResult, counters: Counters, lr: float) -> Step
     )  # fmt: skip
     loss, grad_norm, num_tokens, non_finite, empty = sums.tolist()
     costs = run.metrics.rank_costs(run.step)
-    worst = RankCosts(*run.layout.max_over_dp([costs.data_wait_s, costs.memory_gib, costs.gemm_share]))
+    worst = RankCosts(*run.layout.max_over_ranks([costs.data_wait_s, costs.memory_gib, costs.gemm_share]))
     if worst.gemm_share > 1:
         _measure_gemm_again(run)
     record = run.metrics.record(run.step, loss, grad_norm, lr, int(num_tokens), worst)
@@ -187,7 +187,7 @@ def _evaluate(run: Run, step: int) -> HeldoutLoss:
     begin = time.perf_counter()
     with metrics.excluded():
         batches = (batch.to(run.layout.device) for batch in run.heldout())
-        found = evaluate(run.model, run.objective, batches, run.layout)
+        found = evaluate(run.model, run.forward, batches, run.layout)
     took = time.perf_counter() - begin
     record = metrics.record_eval(step, found.loss, found.bits_per_byte, found.num_tokens, took)
     if run.progress is not None:
@@ -206,7 +206,7 @@ def _checkpoint(run: Run, counters: Counters, heldout: HeldoutLoss | None) -> No
             "num_tokens": int(counters.num_tokens),
             "config": config_to_dict(run.config),
             "layout": {
-                "world_size": run.layout.dp_size,
+                "world_size": run.layout.world_size,
                 "mesh": dict(zip(run.layout.axes, run.layout.shape, strict=True)),
             },
             "data": run.data.fingerprints,

@@ -7,6 +7,7 @@ there is no AMX. No dense S x S mask is ever built: documents always run blocked
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Backend = Literal["sdpa", "blocked"]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(q, k, v, documents) -> out, each (batch, heads, seq, head_dim); the queries are the last positions of the keys."""
 
 # Rows of scores that exist at once in the blocked backend: 64 to 256 measured alike, 128 best, on two x86 CPUs.
 BLOCK = 128

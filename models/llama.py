@@ -10,6 +10,7 @@ knows of ranks; layers sit in a ModuleDict so that their names survive when some
 Sources: arXiv:2302.13971 (Llama), arXiv:1910.07467 (RMSNorm), arXiv:2002.05202 (SwiGLU), arXiv:2305.13245 (GQA).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from models.attention import Backend, attention, attention_to_cache
+from models.attention import Attend, Backend, attention, attention_to_cache
 from models.rope import apply_rope, rope_table
 
 
@@ -95,7 +96,8 @@ class Attention(nn.Module):
         """Make the four projections; the config is resolved (num_kv_heads and head_dim are not 0)."""
         super().__init__()
         self.head_dim = config.head_dim
-        self.backend: Backend = backend
+        # Context parallelism puts another function in its place.
+        self.attend: Attend = partial(attention, backend=backend)
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.dim, width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.dim, kv_width, bias=config.attention_bias)
@@ -118,7 +120,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is None:
-            out = attention(q, k, v, documents, self.backend)
+            out = self.attend(q, k, v, documents)
         else:
             out = attention_to_cache(q, *cache.append(k, v))
         return self.o_proj(out.transpose(1, 2).reshape(batch, seq, -1))

@@ -21,7 +21,7 @@ def build_model(config: Config, layout: Layout, fill: Fill) -> Llama:
         for block in blocks:
             # Static: an evaluation of fewer sequences would otherwise make the training's graph one of any batch.
             block.compile(fullgraph=True, dynamic=False)
-    shard(model, blocks, layout.mesh, config.parallel, config.precision)
+    shard(model, blocks, layout.shards, config.parallel, config.precision)
     # After sharding, so that a rank allocates and draws its shards only.
     materialise(model, layout.device, fill)
     return model

@@ -20,14 +20,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 def shard(
     model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, config: ParallelConfig, formats: PrecisionConfig
 ) -> None:
-    """Turn the parameters into shards over dp_shard, replicated over dp_replicate, in place."""
+    """Turn the parameters into shards over `mesh`: (fsdp), or (dp_replicate, fsdp); in place."""
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[formats.compute],
         reduce_dtype=DTYPES[formats.master],
         # The rotary table enters each block in fp32; casting it would blur the positions of long sequences.
         cast_forward_inputs=False,
     )
-    mesh = mesh if config.dp_replicate > 1 else mesh["dp_shard"]
     # One rank gathers from nobody: freeing its copy would only have it made twice a step.
     free = config.reshard_after_forward and mesh.size() > 1
     for block in blocks:

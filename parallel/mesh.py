@@ -1,7 +1,12 @@
 """The mesh of ranks: its axes, outermost first, and what a rank's coordinates mean for the data.
 
-Ranks that differ in `dp_replicate` hold copies of each other; ranks that differ in `dp_shard` hold parts of one copy.
-Both see different sequences: together they are the data-parallel ranks.
+    pp            ranks hold different layers of one model
+    dp_replicate  ranks hold copies of each other and see other sequences
+    dp_shard      ranks hold parts of one copy and see other sequences
+    cp            ranks hold parts of one copy and see other parts of the same sequences
+    tp            ranks hold parts of each matrix and see the same tokens; innermost, within a node
+
+FSDP shards over dp_shard x cp together: to parameters the two are the same.
 """
 
 from dataclasses import dataclass
@@ -12,17 +17,21 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from configs.schema import ParallelConfig
 
-AXES = ("dp_replicate", "dp_shard")
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The mesh, this rank's device, and its place among the data-parallel ranks."""
+    """The mesh, this rank's device, and its place on each axis."""
 
     mesh: DeviceMesh
     device: torch.device
-    dp_rank: int
-    dp_size: int
+    shards: DeviceMesh
+    """What parameters are sharded over, (fsdp), or (dp_replicate, fsdp) where there are replicas."""
+    tokens: DeviceMesh
+    """The ranks that share a batch's tokens: dp_replicate x dp_shard x cp."""
+    losses: DeviceMesh
+    """The ranks that may hold a part of a batch's loss: pp x dp_replicate x dp_shard x cp."""
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -34,13 +43,52 @@ class Layout:
         """Degrees of the axes."""
         return tuple(self.mesh.shape)
 
-    def sum_over_dp(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum over the data-parallel ranks, in place; today they are all ranks of the run."""
-        dist.all_reduce(value)
+    def degree(self, axis: str) -> int:
+        """Count the ranks along an axis."""
+        return self.shape[AXES.index(axis)]
+
+    def index(self, axis: str) -> int:
+        """This rank's place along an axis."""
+        return self.mesh.get_local_rank(axis)
+
+    @property
+    def rank(self) -> int:
+        """This rank among all; 0 speaks for the run."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return dist.get_world_size()
+
+    @property
+    def dp_rank(self) -> int:
+        """Place among the ranks that see different sequences."""
+        return self.index("dp_replicate") * self.degree("dp_shard") + self.index("dp_shard")
+
+    @property
+    def dp_size(self) -> int:
+        """Ranks that see different sequences."""
+        return self.degree("dp_replicate") * self.degree("dp_shard")
+
+    def sum_over_tokens(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum, in place, what is counted of each rank's own tokens; the ranks of a pipeline or of tp count the same."""
+        dist.all_reduce(value, group=self.tokens.get_group())
         return value
 
-    def max_over_dp(self, values: list[float]) -> list[float]:
-        """Take the largest of each value over the data-parallel ranks; waits for the device."""
+    def sum_over_losses(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum, in place, the losses of each rank's own tokens; ranks without the last stage bring zeros."""
+        dist.all_reduce(value, group=self.losses.get_group())
+        return value
+
+    def sum_over_stages(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum, in place, what each stage of the pipeline has a part of."""
+        if self.degree("pp") > 1:
+            dist.all_reduce(value, group=self.mesh.get_group("pp"))
+        return value
+
+    def max_over_ranks(self, values: list[float]) -> list[float]:
+        """Take the largest of each value over all ranks; waits for the device."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
@@ -48,7 +96,15 @@ class Layout:
 
 def build_layout(parallel: ParallelConfig, device: torch.device) -> Layout:
     """Arrange all ranks of the default process group by the degrees of a resolved config."""
-    shape = (parallel.dp_replicate, parallel.dp_shard)
-    assert shape[0] * shape[1] == dist.get_world_size(), f"degrees {shape} for {dist.get_world_size()} ranks"
+    shape = tuple(getattr(parallel, axis) for axis in AXES)
+    size = torch.Size(shape).numel()
+    assert size == dist.get_world_size(), f"degrees {shape} for {dist.get_world_size()} ranks"
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
-    return Layout(mesh, device, dp_rank=dist.get_rank(), dp_size=dist.get_world_size())
+    fsdp = mesh["dp_shard", "cp"]._flatten("fsdp")
+    return Layout(
+        mesh,
+        device,
+        shards=mesh["dp_replicate", "fsdp"] if parallel.dp_replicate > 1 else fsdp,
+        tokens=mesh["dp_replicate", "dp_shard", "cp"]._flatten("tokens"),
+        losses=mesh["pp", "dp_replicate", "dp_shard", "cp"]._flatten("losses"),
+    )

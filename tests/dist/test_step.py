@@ -84,7 +84,7 @@ def train_here(
         ]
         lr = lr_at(step, config.lr, config.optim.lr, config.run.steps)
         result = train_step(model, optimizer, spy, batches, lr, config.optim.max_grad_norm, layout)
-        loss = layout.sum_over_dp(result.loss_sum.double()) / result.num_tokens
+        loss = layout.sum_over_losses(result.loss_sum.double()) / result.num_tokens
         found["losses"].append(loss.item())
         found["norms"].append(result.grad_norm.item())
         found["skipped"].append(result.skipped.item())

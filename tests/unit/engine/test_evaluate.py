@@ -22,7 +22,7 @@ def batch(rows: int, targets: int, num_bytes: int) -> Batch:
     return Batch(torch.ones(rows, 8, dtype=torch.long), wanted, None, None, num_bytes)
 
 
-def objective(model: nn.Module, batch: Batch) -> Tensor:
+def forward(batch: Batch) -> Tensor:
     """Two nats a target, in a precision that would lose a sum of thousands."""
     assert not torch.is_grad_enabled()
     return 2 * (batch.targets != IGNORE).sum().to(torch.bfloat16)
@@ -31,7 +31,7 @@ def objective(model: nn.Module, batch: Batch) -> Tensor:
 def heldout_loss(batches_of_ranks: list[list[Batch]]) -> HeldoutLoss:
     size = dist.get_world_size()
     layout = build_layout(ParallelConfig(dp_shard=size), torch.device("cpu"))
-    return evaluate(nn.Linear(1, 1), objective, batches_of_ranks[dist.get_rank()], layout)
+    return evaluate(nn.Linear(1, 1), forward, batches_of_ranks[dist.get_rank()], layout)
 
 
 def test_ranks_with_unequal_targets_give_one_mean() -> None:
@@ -52,7 +52,7 @@ def test_many_batches_lose_nothing_and_are_read_one_at_a_time() -> None:
             yield batch(1, 1, 1)
 
     layout = build_layout(ParallelConfig(dp_shard=1), torch.device("cpu"))
-    found = evaluate(nn.Linear(1, 1), objective, stream(), layout)
+    found = evaluate(nn.Linear(1, 1), forward, stream(), layout)
     assert (found.loss, found.num_tokens, len(alive)) == (2.0, 3000, 3000)
     assert found.bits_per_byte == pytest.approx(2 / math.log(2))
 
@@ -60,6 +60,6 @@ def test_many_batches_lose_nothing_and_are_read_one_at_a_time() -> None:
 @ranks(1)
 def test_without_bytes_or_targets_nothing_divides_by_zero() -> None:
     layout = build_layout(ParallelConfig(dp_shard=1), torch.device("cpu"))
-    assert evaluate(nn.Linear(1, 1), objective, [batch(2, 3, 0)], layout) == HeldoutLoss(2.0, None, 3)
-    assert evaluate(nn.Linear(1, 1), objective, [batch(2, 0, 0)], layout) == HeldoutLoss(0.0, None, 0)
-    assert evaluate(nn.Linear(1, 1), objective, [], layout) == HeldoutLoss(0.0, None, 0)
+    assert evaluate(nn.Linear(1, 1), forward, [batch(2, 3, 0)], layout) == HeldoutLoss(2.0, None, 3)
+    assert evaluate(nn.Linear(1, 1), forward, [batch(2, 0, 0)], layout) == HeldoutLoss(0.0, None, 0)
+    assert evaluate(nn.Linear(1, 1), forward, [], layout) == HeldoutLoss(0.0, None, 0)
