@@ -6,7 +6,6 @@ and only `missing_files` looks at the disk: a run can be planned where its data 
 """
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -14,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, problem
-from configs.fields import as_list, as_table, default_of, listed, plain
+from configs.fields import as_list, as_table, choices, default_of, divisors, listed, plain
+from configs.layout import LAYOUT_RULES, head_dim
 from configs.load import toml_value
 from configs.ranges import out_of_range
-from configs.schema import Config, ModelConfig
+from configs.refusals import refused
+from configs.schema import Config
 
 BUILT_IN_SOURCES = ("python-stdlib",)
 
@@ -34,7 +35,8 @@ def resolve(config: Config, world_size: int) -> Config:
     """
     assert world_size >= 1, f"world_size = {world_size}: a run has at least one rank"
     problems = check(config)
-    problems += [text for rule in _LAYOUT_RULES for text in rule(config, world_size)]
+    problems += [text for rule in LAYOUT_RULES for text in rule(config, world_size)]
+    problems += refused(config) if not problems else []
     if problems:
         raise ConfigError(problems)
     model, parallel, data = config.model, config.parallel, config.data
@@ -43,9 +45,7 @@ def resolve(config: Config, world_size: int) -> Config:
     whole = 1 if parallel.pp > 1 else data.global_batch_size // dp_size
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(
-            model, num_kv_heads=model.num_kv_heads or model.num_heads, head_dim=_head_dim(model)
-        ),
+        model=dataclasses.replace(model, num_kv_heads=model.num_kv_heads or model.num_heads, head_dim=head_dim(model)),
         parallel=dataclasses.replace(parallel, dp_shard=dp_size // parallel.dp_replicate),
         data=dataclasses.replace(data, micro_batch_size=data.micro_batch_size or whole),
     )
@@ -58,6 +58,9 @@ def missing_files(config: Config) -> list[str]:
     if start and not (Path(start) / "config.json").is_file():
         do = "Give a folder with config.json and *.safetensors."
         problems.append(problem("model.init_from", start, "no Hugging Face model there", do=do))
+    schedule = config.parallel.schedule_csv
+    if schedule and not Path(schedule).is_file():
+        problems.append(problem("parallel.schedule_csv", schedule, "no such file"))
     for index, store in enumerate(config.data.stores):
         key = f"data.stores.{index}"
         if Path(store.path).exists():
@@ -87,10 +90,6 @@ def _run_folder(config: Config) -> Iterator[str]:
         yield problem("run.dir = ''", "", "must name a folder", do="Use runs, or '.' for this folder.")
 
 
-def _head_dim(model: ModelConfig) -> int:
-    return model.head_dim or model.dim // max(model.num_heads, 1)
-
-
 _PAIRS = "rotary positions turn pairs of numbers"
 
 
@@ -104,7 +103,7 @@ def _heads(config: Config) -> Iterator[str]:
     elif model.head_dim % 2:
         do = f"Use {model.head_dim - 1} or {model.head_dim + 1}." if model.head_dim > 1 else "Use 2."
         yield problem("model.head_dim", model.head_dim, "must be even", _PAIRS, do)
-    elif _head_dim(model) % 2:
+    elif head_dim(model) % 2:
         even = [heads for heads in divisors(model.dim) if model.dim // heads % 2 == 0]
         do = f"Use {choices(even, model.num_heads)} heads, or set model.head_dim." if even else "Set model.head_dim."
         yield problem(f"model.head_dim = {model.dim} / {model.num_heads}", "", "must be even", _PAIRS, do)
@@ -243,87 +242,6 @@ _RULES = (
     _precision,
     _keeping,
 )
-
-
-# ---- the layout
-
-
-def _degrees(config: Config, world_size: int) -> Iterator[str]:
-    replicate, shard = config.parallel.dp_replicate, config.parallel.dp_shard
-    if replicate < 1 or shard < -1:
-        return
-    if shard == 0:
-        do = "Use -1 for the rest of the ranks."
-        yield problem("parallel.dp_shard", 0, "must be -1 or at least 1", do=do)
-    elif world_size % replicate:
-        why = "replicas are of one size"
-        do = f"Use {choices(divisors(world_size), replicate)}."
-        yield problem("parallel.dp_replicate", replicate, f"must divide the {_ranks(world_size)}", why, do)
-    elif shard > 0 and replicate * shard != world_size:
-        expected = f"times parallel.dp_replicate = {replicate} must be the {_ranks(world_size)}"
-        do = f"Use {world_size // replicate}, or -1 for the rest, or start {_ranks(replicate * shard)}."
-        yield problem("parallel.dp_shard", shard, expected, do=do)
-
-
-def _parts(config: Config, world_size: int) -> Iterator[str]:
-    model, replicate = config.model, config.parallel.dp_replicate
-    sizes = (model.dim, model.num_heads, model.ffn_dim, model.vocab_size)
-    if min(*sizes, replicate) < 1 or min(model.num_kv_heads, model.head_dim) < 0 or world_size % replicate:
-        return
-    kv_rows = (model.num_kv_heads or model.num_heads) * _head_dim(model)
-    rows = {
-        "num_kv_heads * head_dim": kv_rows,
-        "dim": model.dim,
-        "ffn_dim": model.ffn_dim,
-        "vocab_size": model.vocab_size,
-    }
-    name, fewest = min(rows.items(), key=lambda item: item[1])
-    shard = world_size // replicate
-    if config.parallel.dp_shard in (-1, shard) and shard > fewest >= 1:
-        works = [degree for degree in divisors(world_size) if world_size // degree <= fewest]
-        expected = f"must be at most model.{name} = {fewest}"
-        why = f"a parameter has so few rows, and each of the {shard} ranks of a replica holds some"
-        do = f"Use parallel.dp_replicate {choices(works, replicate)}."
-        yield problem("parallel.dp_shard", shard, expected, why, do)
-
-
-def _batch(config: Config, world_size: int) -> Iterator[str]:
-    batch, micro = config.data.global_batch_size, config.data.micro_batch_size
-    if batch < 1 or micro < 0:
-        return
-    share, rest = divmod(batch, world_size)
-    if rest:
-        near = [count for count in (batch - rest, batch - rest + world_size) if count]
-        do = f"Use {listed(near, 'or')}, or start {choices(divisors(batch), world_size)} ranks."
-        expected = f"must be a multiple of the {_ranks(world_size)}"
-        yield problem("data.global_batch_size", batch, expected, "every rank computes the same number of sequences", do)
-    elif micro and share % micro:
-        expected = f"must divide the {share} of {batch} sequences that each of the {_ranks(world_size)} computes"
-        yield problem("data.micro_batch_size", micro, expected, do=f"Use {choices(divisors(share), micro)}.")
-    elif config.parallel.accumulate == "unsharded" and micro in (0, share):
-        expected = f"has no effect while a rank computes its {share} of {batch} sequences at once"
-        works = f"data.micro_batch_size {choices(divisors(share)[:-1], share)}" if share > 1 else "fewer ranks"
-        do = f"Use {works}, or 'sharded'."
-        yield problem("parallel.accumulate", "unsharded", expected, do=do)
-
-
-_LAYOUT_RULES = (_degrees, _parts, _batch)
-
-
-def _ranks(count: int) -> str:
-    return f"{count} rank" if count == 1 else f"{count} ranks"
-
-
-def divisors(number: int) -> list[int]:
-    """List the divisors of a positive number in order; beyond 10**10, those up to 100,000 and their partners."""
-    small = [one for one in range(1, min(math.isqrt(number), 100_000) + 1) if number % one == 0]
-    return sorted({*small, *(number // one for one in small)})
-
-
-def choices(works: Any, got: int) -> str:
-    """Write the values that work as prose; of many, the six nearest to what was given."""
-    nearest = sorted(sorted(works, key=lambda one: abs(one - got))[:6])
-    return listed(nearest, "or")
 
 
 # ---- resuming

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import math
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -88,7 +89,7 @@ def type_name(kind: Any) -> str:
     if table is not None:
         return "a list of tables" if is_list else "a table"
     if get_origin(kind) is tuple:
-        return "a list of strings"
+        return "a list of integers" if get_args(kind)[0] is int else "a list of strings"
     if get_origin(kind) is Literal:
         return listed([repr(choice) for choice in get_args(kind)], "or")
     return {bool: "true or false", int: "an integer", float: "a number", str: "a string"}[kind]
@@ -112,3 +113,15 @@ def listed(words: Sequence[object], last: str) -> str:
     """Join words as prose does: `1, 2, 4 or 8`."""
     texts = [str(word) for word in words]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} {last} {texts[-1]}"
+
+
+def divisors(number: int) -> list[int]:
+    """List the divisors of a positive number in order; beyond 10**10, those up to 100,000 and their partners."""
+    small = [one for one in range(1, min(math.isqrt(number), 100_000) + 1) if number % one == 0]
+    return sorted({*small, *(number // one for one in small)})
+
+
+def choices(works: Sequence[int], got: int) -> str:
+    """Write the values that work as prose; of many, the six nearest to what was given."""
+    nearest = sorted(sorted(works, key=lambda one: abs(one - got))[:6])
+    return listed(nearest, "or")

@@ -119,10 +119,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache is None:
-            out = self.attend(q, k, v, documents)
-        else:
-            out = attention_to_cache(q, *cache.append(k, v))
+        out = self.attend(q, k, v, documents) if cache is None else attention_to_cache(q, *cache.append(k, v))
         return self.o_proj(out.transpose(1, 2).reshape(batch, seq, -1))
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from configs.check import check, choices, divisors, missing_files, resolve
+from configs.check import check, missing_files, resolve
 from configs.errors import ConfigError
-from configs.fields import walk
+from configs.fields import choices, divisors, walk
 from configs.load import config_to_dict, load_config
 from configs.ranges import RANGES, numbers
 from configs.schema import Config

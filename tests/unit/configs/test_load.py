@@ -50,8 +50,8 @@ def test_a_sound_file_loads_with_its_values_and_the_defaults(file: Path) -> None
         ),
         (
             "[zzz]\nlr = 1",
-            "x.toml: zzz: unknown key. The sections are run, model, data, objective, optim, lr, parallel, precision, "
-            "compile, checkpoint, metrics, eval and fault.",
+            "x.toml: zzz: unknown key. The sections are run, model, data, objective, optim, lr, parallel, recompute, "
+            "precision, compile, checkpoint, metrics, eval and fault.",
         ),
         ("weigth = 2.0", "x.toml: data.stores.0.weigth: unknown key; did you mean data.stores.0.weight?"),
     ],
