@@ -183,6 +183,25 @@ def _documents(config: Config) -> Iterator[str]:
         yield problem("data.document_positions = true", "", "needs data.document_mask = true", why)
 
 
+def _optimizer(config: Config) -> Iterator[str]:
+    optim = config.optim
+    if optim.kind == "adamw_8bit":
+        why = (
+            "torchao's 8-bit state is cut into blocks along each rank's own shard, so the run would depend on the "
+            "layout and no other could resume it; nor can the device skip its steps"
+        )
+        do = "Use 'adamw', or 'lion' for half of its state."
+        yield problem("optim.kind", "adamw_8bit", "is refused", why, do)
+    effects = {"momentum": ("muon",), "eps": ("adamw", "muon", "apex", "adamw_8bit")}
+    for name, kinds in effects.items():
+        value = getattr(optim, name)
+        if optim.kind not in kinds and value != _default(optim, name):
+            yield problem(f"optim.{name}", value, f"has no effect under optim.kind = {optim.kind!r}", do="Remove it.")
+    if optim.kind == "apex" and config.precision.master == "fp64":
+        why = "its moments and its arithmetic are fp32"
+        yield problem("optim.kind", "apex", "excludes precision.master = 'fp64'", why, "Use 'adamw'.")
+
+
 def _lr_schedule(config: Config) -> Iterator[str]:
     lr, steps = config.lr, config.run.steps
     if steps >= 1 and lr.warmup_steps >= steps:
@@ -238,6 +257,7 @@ _RULES = (
     _store_sources,
     _one_tokenizer,
     _documents,
+    _optimizer,
     _lr_schedule,
     _precision,
     _keeping,

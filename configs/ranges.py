@@ -64,6 +64,7 @@ RANGES = {
     "optim.beta1": Range(least=0, below=1),
     "optim.beta2": Range(least=0, below=1),
     "optim.eps": _POSITIVE,
+    "optim.momentum": Range(least=0, below=1),
     "optim.weight_decay": _FROM_0,
     "optim.max_grad_norm": _FROM_0,
     "lr.warmup_steps": _FROM_0,

@@ -152,18 +152,23 @@ class ObjectiveConfig:
 class OptimConfig:
     """The optimizer."""
 
-    kind: Literal["adamw"] = fixed("adamw")
-    """adamw: AdamW, fused where torch has it."""
+    kind: Literal["adamw", "muon", "lion", "apex", "adamw_8bit"] = fixed("adamw")
+    """adamw: AdamW, fused where torch has it. muon: Muon for the matrices of the layers, AdamW for embedding, head,
+    norms and biases. lion: the sign of a momentum, half of AdamW's state. apex: AdamW by NVIDIA's apex, on CUDA.
+    adamw_8bit: refused, since its state depends on the layout."""
     lr: float = fixed(3e-4)
-    """Peak learning rate."""
+    """Peak learning rate, one for all parameters: Muon's updates are scaled to the size of AdamW's. Lion wants 3 to 10
+    times less than AdamW."""
     beta1: float = fixed(0.9)
-    """Decay of the first moment."""
+    """Decay of the first moment; under lion its weight in the update."""
     beta2: float = fixed(0.95)
-    """Decay of the second moment."""
+    """Decay of the second moment; under lion of its momentum, 0.99 in the paper."""
     eps: float = fixed(1e-8)
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment; lion has none."""
+    momentum: float = fixed(0.95)
+    """Decay of Muon's momentum."""
     weight_decay: float = fixed(0.1)
-    """Decoupled weight decay of matrices; norms and biases get none."""
+    """Decoupled weight decay of matrices; norms and biases get none. Lion wants 3 to 10 times more than AdamW."""
     max_grad_norm: float = fixed(1.0)
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
 

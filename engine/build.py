@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from configs.check import curve_notice, resume_differences
 from configs.errors import ConfigError, DataError, problem
@@ -29,11 +30,11 @@ from engine.metrics import Metrics, Sink, yardstick
 from engine.metrics_log import JsonLines, TensorBoard, truncate_after
 from engine.optim import build_optimizer
 from engine.peaks import choose_peak, describe_peak, measured_gemm_tflops
+from engine.pipelined import pipelined
 from engine.progress import ProgressDisplay
 from engine.step import Forward, ForwardBackward, direct
 from engine.weights import starting_weights
 from models.flops import num_params
-from models.llama import Llama
 from parallel.apply import build_model
 from parallel.fsdp import DTYPES
 from parallel.mesh import Layout, build_layout
@@ -48,7 +49,7 @@ class Run:
     folder: RunFolder
     data: Batches
     heldout: Callable[[], Iterable[Batch]]
-    model: Llama
+    model: nn.Module
     optimizer: torch.optim.Optimizer
     forward: Forward
     forward_backward: ForwardBackward
@@ -124,8 +125,7 @@ def build_run(
     found = _find_continued(checkpointer, config, data, say)
     model = build_model(config, layout, starting_weights(config) if found is None else _leave_unfilled)
     optimizer = build_optimizer(model, config.optim)
-    chunk_loss = compiled_chunk_loss() if config.compile.loss else chunk_cross_entropy
-    objective = next_token(config.objective, chunk_loss)
+    forward, forward_backward = build_passes(config, layout, model)
     run = Run(
         config=config,
         layout=layout,
@@ -134,8 +134,8 @@ def build_run(
         heldout=heldout,
         model=model,
         optimizer=optimizer,
-        forward=partial(objective, model),
-        forward_backward=direct(model, objective, config.parallel.accumulate),
+        forward=forward,
+        forward_backward=forward_backward,
         checkpointer=checkpointer,
         progress=progress,
     )
@@ -148,6 +148,15 @@ def build_run(
     # On all ranks at once: ranks that share a machine share its rate.
     run.gemm_tflops = measured_gemm_tflops(device, DTYPES[config.precision.compute])
     return run
+
+
+def build_passes(config: Config, layout: Layout, model: nn.Module) -> tuple[Forward, ForwardBackward]:
+    """Choose, once, how batches go through the model: directly, or stage by stage."""
+    chunk_loss = compiled_chunk_loss() if config.compile.loss else chunk_cross_entropy
+    head_loss = next_token(config.objective, chunk_loss)
+    if config.parallel.pp > 1:
+        return pipelined(model, layout, config.parallel, config.precision.compute, head_loss)
+    return direct(model, head_loss, config.parallel.accumulate)
 
 
 def _silent(text: str) -> None:

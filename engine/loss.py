@@ -3,6 +3,10 @@
 A loss is a sum over a count: here is the sum, the step divides by the global count of targets. The gradient of a chunk
 is computed in its forward pass, while its logits are at hand: the logits are multiplied once and kept nowhere, and the
 backward pass only scales two stored gradients. Source of the idea: arXiv:2410.10989 (Liger), section 3.2.
+
+Under tensor parallelism a rank has some rows of the head and so some columns of a chunk's logits: the ranks agree on
+each token's largest logit, sum of exponentials and wanted logit, and no rank sees another's columns (arXiv:1909.08053,
+section 3). Every rank then has the whole loss, and its part of the gradient of the hidden states.
 """
 
 from collections.abc import Callable
@@ -13,15 +17,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from configs.schema import ObjectiveConfig
-from engine.data.batches import IGNORE, Batch
+from engine.data.batches import IGNORE
+from parallel.tensor import VocabularyShard, vocabulary_shard
 
-ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+ChunkLoss = Callable[[Tensor, Tensor, VocabularyShard | None], tuple[Tensor, Tensor]]
 
 
 def chunk_cross_entropy(
-    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]
+    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"], shard: VocabularyShard | None = None
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens vocab"]]:
-    """Return the summed loss of a chunk in nats, in at least fp32, and its gradient in the logits' own format."""
+    """Return the summed loss of a chunk in nats, in at least fp32, and its gradient in the logits' own format.
+
+    With a shard the logits are those of its rows only, the loss is that of the whole vocabulary.
+    """
+    if shard is not None:
+        return _sharded_cross_entropy(logits, targets, shard)
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     counted = targets != IGNORE
     wanted = torch.where(counted, targets, 0)[:, None]
@@ -32,11 +42,41 @@ def chunk_cross_entropy(
     return loss_sum, grad.to(logits.dtype)
 
 
+def _sharded_cross_entropy(logits: Tensor, targets: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counted = targets != IGNORE
+    place = (targets - shard.first)[:, None]
+    here = counted[:, None] & (place >= 0) & (place < logits.shape[1])
+    shifted = precise - _reduced(precise.amax(dim=-1, keepdim=True), "max", shard)
+    exp = torch.exp(shifted)
+    wanted = torch.where(here, shifted.gather(1, torch.where(here, place, 0)), 0)
+    # One message: columns of the sum of exponentials and of the wanted logit.
+    total, wanted = _reduced(torch.cat([exp.sum(dim=-1, keepdim=True), wanted], dim=1), "sum", shard).split(1, dim=1)
+    loss_sum = ((total.log() - wanted)[:, 0] * counted).sum()
+    is_target = here & (torch.arange(logits.shape[1], device=logits.device) == place)
+    grad = (exp / total - is_target.to(precise.dtype)) * counted[:, None]
+    return loss_sum, grad.to(logits.dtype)
+
+
+def _reduced(values: Tensor, operation: str, shard: VocabularyShard) -> Tensor:
+    """Sum or take the largest over the ranks that share the vocabulary; an operator that can be compiled."""
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_reduce(values, operation, shard.group))
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of cross entropies of `hidden @ weight.T`, (tokens, dim) and (vocab, dim), chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, chunk_loss: ChunkLoss) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        chunk_loss: ChunkLoss,
+        shard: VocabularyShard | None,
+    ) -> Tensor:
         precise = torch.promote_types(hidden.dtype, torch.float32)
         loss_sum = torch.zeros((), dtype=precise, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -44,7 +84,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=precise) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            part_loss, grad_logits = chunk_loss(hidden[part] @ weight.T, targets[part])
+            part_loss, grad_logits = chunk_loss(hidden[part] @ weight.T, targets[part], shard)
             loss_sum += part_loss
             if grad_hidden is not None:
                 grad_hidden[part] = grad_logits @ weight
@@ -62,7 +102,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden.to(grad.dtype) * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def cross_entropy_sum(
@@ -72,9 +112,14 @@ def cross_entropy_sum(
     chunk_tokens: int,
     chunk_loss: ChunkLoss = chunk_cross_entropy,
 ) -> Float[Tensor, ""]:
-    """Return the sum of the cross entropies of all targets, in nats; `chunk_loss` may be a compiled one."""
+    """Return the sum of the cross entropies of all targets, in nats; `chunk_loss` may be a compiled one.
+
+    A weight that is a DTensor has its rows on the ranks of tp, all of which call this with the same hidden states; the
+    gradient of these is then a partial sum on each.
+    """
+    rows, shard = vocabulary_shard(weight)
     loss_sum: Tensor = _ChunkedCrossEntropy.apply(  # pyright: ignore[reportAssignmentType]
-        hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens, chunk_loss
+        hidden.flatten(0, 1), rows, targets.flatten(), chunk_tokens, chunk_loss, shard
     )
     return loss_sum
 
@@ -85,12 +130,15 @@ def compiled_chunk_loss() -> ChunkLoss:
     return torch.compile(chunk_cross_entropy, fullgraph=True, dynamic=False)
 
 
-def next_token(config: ObjectiveConfig, chunk_loss: ChunkLoss) -> Callable[[nn.Module, Batch], Tensor]:
-    """Make the objective of pretraining: (model, batch) -> the summed cross entropy of the batch's targets, nats."""
+HeadLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(model with a head, hidden states after the final norm, targets) -> the summed loss of the targets, nats."""
 
-    def objective(model: nn.Module, batch: Batch) -> Tensor:
-        hidden = model(batch.tokens, batch.positions, batch.documents)
+
+def next_token(config: ObjectiveConfig, chunk_loss: ChunkLoss) -> HeadLoss:
+    """Make the objective of pretraining: the summed cross entropy of every next token."""
+
+    def head_loss(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         head = cast(nn.Linear, model.lm_head)
-        return cross_entropy_sum(hidden, head.weight, batch.targets, config.chunk_tokens, chunk_loss)
+        return cross_entropy_sum(hidden, head.weight, targets, config.chunk_tokens, chunk_loss)
 
-    return objective
+    return head_loss

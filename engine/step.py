@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from engine.data.batches import IGNORE, Batch
+from engine.loss import HeadLoss
 from engine.optim import set_lr
+from parallel.context import held_positions
 from parallel.fsdp import reduce_gradients_at
 from parallel.mesh import Layout
-
-Objective = Callable[[nn.Module, Batch], Tensor]
-"""(model, batch) -> the sum of the losses of the batch's targets on this rank, nats."""
+from parallel.pipeline import counted_parameters
 
 Forward = Callable[[Batch], Tensor]
-"""(batch) -> this rank's part of the batch's loss sum, without gradients."""
+"""(batch) -> this rank's part of the batch's loss sum, nats; the caller turns gradients off."""
 
 ForwardBackward = Callable[[Sequence[Batch], Tensor], Tensor]
 """(microbatches, num_tokens) -> this rank's loss sum; gradients of loss_sum / num_tokens are added up on the way."""
@@ -52,7 +52,7 @@ def train_step(
     """Update the weights from the global batch of one step."""
     num_tokens = layout.sum_over_tokens(count_targets(microbatches))
     loss_sum = forward_backward(microbatches, num_tokens)
-    grad_norm = clip_grad_norm(model, max_grad_norm)
+    grad_norm = clip_grad_norm(model, max_grad_norm, layout)
     skipped = (~torch.isfinite(grad_norm) | (num_tokens == 0)).to(torch.float32)
     set_lr(optimizer, lr)
     optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue] - read by torch's fused optimizers
@@ -61,20 +61,31 @@ def train_step(
     return StepResult(loss_sum, num_tokens, grad_norm, skipped)
 
 
-def direct(model: nn.Module, objective: Objective, accumulate: str) -> ForwardBackward:
-    """Run the microbatches one after the other through the whole model."""
+def direct(model: nn.Module, head_loss: HeadLoss, accumulate: str) -> tuple[Forward, ForwardBackward]:
+    """Run microbatches one after the other through the whole model."""
+
+    def forward(batch: Batch) -> Tensor:
+        return head_loss(model, model(batch.tokens, batch.positions, batch.documents), batch.targets)
 
     def forward_backward(microbatches: Sequence[Batch], num_tokens: Tensor) -> Tensor:
         sums: list[Tensor] = []
         for index, batch in enumerate(microbatches):
             reduce_gradients_at(model, last=index == len(microbatches) - 1, accumulate=accumulate)
-            loss_sum = objective(model, batch)
+            loss_sum = forward(batch)
             # A step without any target has loss 0 and gradient 0; the flag keeps the optimizer from applying it.
             (loss_sum / num_tokens.clamp(min=1)).backward()
             sums.append(loss_sum.detach())
         return torch.stack(sums).sum()
 
-    return forward_backward
+    return forward, forward_backward
+
+
+def part_of_rank(batch: Batch, layout: Layout) -> Batch:
+    """Return this rank's part of the sequences of a batch, where ranks share sequences."""
+    degree, index = layout.degree("cp"), layout.index("cp")
+    if degree == 1:
+        return batch
+    return batch.part(held_positions(batch.tokens.shape[1], degree, index), counts_bytes=index == 0)
 
 
 def count_targets(microbatches: Sequence[Batch]) -> Tensor:
@@ -82,11 +93,10 @@ def count_targets(microbatches: Sequence[Batch]) -> Tensor:
     return torch.stack([(batch.targets != IGNORE).sum() for batch in microbatches]).sum()
 
 
-def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+def clip_grad_norm(model: nn.Module, max_norm: float, layout: Layout) -> Tensor:
     """Scale the gradients down to `max_norm` (0: leave them) and return their global norm before that."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = torch.nn.utils.get_total_norm([p.grad for p in counted_parameters(model) if p.grad is not None])
+    norm = layout.norm_over_stages(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.grad is not None], max_norm, norm)
     return norm

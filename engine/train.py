@@ -26,7 +26,7 @@ from engine.evaluate import HeldoutLoss, evaluate
 from engine.lr import lr_at
 from engine.metrics import RankCosts, StepRecord
 from engine.peaks import measured_gemm_tflops
-from engine.step import StepResult, train_step
+from engine.step import StepResult, part_of_rank, train_step
 from parallel.fsdp import DTYPES
 
 
@@ -112,7 +112,7 @@ def _batches(run: Run) -> Iterator[Iterator[list[Batch]]]:
     def read(step: int) -> list[Batch]:
         size = run.config.data.micro_batch_size
         parts = run.data.microbatches(step, layout.dp_rank, layout.dp_size, size)
-        return [batch.to(layout.device) for batch in parts]
+        return [part_of_rank(batch, layout).to(layout.device) for batch in parts]
 
     def ahead() -> Iterator[list[Batch]]:
         pending = reader.submit(read, steps.start) if steps else None
@@ -186,7 +186,7 @@ def _evaluate(run: Run, step: int) -> HeldoutLoss:
     metrics = run.metrics or run.start_metrics()
     begin = time.perf_counter()
     with metrics.excluded():
-        batches = (batch.to(run.layout.device) for batch in run.heldout())
+        batches = (part_of_rank(batch, run.layout).to(run.layout.device) for batch in run.heldout())
         found = evaluate(run.model, run.forward, batches, run.layout)
     took = time.perf_counter() - begin
     record = metrics.record_eval(step, found.loss, found.bits_per_byte, found.num_tokens, took)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from configs.schema import ParallelConfig, PrecisionConfig
 
@@ -20,38 +20,59 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 def shard(
     model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, config: ParallelConfig, formats: PrecisionConfig
 ) -> None:
-    """Turn the parameters into shards over `mesh`: (fsdp), or (dp_replicate, fsdp); in place."""
+    """Turn the parameters into shards over `mesh`: (fsdp), or (dp_replicate, fsdp); in place, once a stage."""
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[formats.compute],
         reduce_dtype=DTYPES[formats.master],
         # The rotary table enters each block in fp32; casting it would blur the positions of long sequences.
         cast_forward_inputs=False,
     )
+    # Pinned, so that copies to and from the device overlap with its work.
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.cpu_offload else OffloadPolicy()
     # One rank gathers from nobody: freeing its copy would only have it made twice a step.
     free = config.reshard_after_forward and mesh.size() > 1
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=free)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=free)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     if mesh.size() > 1:
         for module in (*blocks, model):
             group = cast(FSDPModule, module)
             group.set_gradient_divide_factor(1.0)
             # Without this FSDP asks for a scaled sum, which gloo doesn't have.
             group.set_force_sum_reduction_for_comms(True)
+    _prefetch(cast(list[FSDPModule], blocks), config.prefetch_blocks)
+
+
+def parameter_device(config: ParallelConfig, device: torch.device) -> torch.device:
+    """Say where shards, their gradients and the optimizer's state live."""
+    return torch.device("cpu") if config.cpu_offload else device
 
 
 def reduce_gradients_at(model: nn.Module, *, last: bool, accumulate: str) -> None:
-    """Say before a microbatch's forward what its backward communicates.
+    """Say before a microbatch's forward what its backward communicates; `model` is one FSDP root or holds several.
 
     sharded: each microbatch is reduce-scattered into the shard and replicas are summed once, with the last one.
     unsharded: nothing until the last one, at the price of whole gradients on each rank.
     """
-    root = cast(FSDPModule, model)
-    root.set_is_last_backward(last)
-    if accumulate == "unsharded":
-        root.set_requires_gradient_sync(last)
-    else:
-        root.set_requires_all_reduce(last)
+    for root in fsdp_roots(model):
+        root.set_is_last_backward(last)
+        if accumulate == "unsharded":
+            root.set_requires_gradient_sync(last)
+        else:
+            root.set_requires_all_reduce(last)
+
+
+def fsdp_roots(model: nn.Module) -> list[FSDPModule]:
+    """List the outermost FSDP modules: the model itself, or each stage in a container of stages."""
+    if isinstance(model, FSDPModule):
+        return [model]
+    # By their own registration, and not by the container's: it may name a stage's blocks beside the stage.
+    groups = {module: None for module in model.modules() if isinstance(module, FSDPModule)}
+    for module in list(groups):
+        for inner in cast(nn.Module, module).modules():
+            if inner is not module:
+                groups.pop(inner, None)  # pyright: ignore[reportArgumentType]
+    return list(groups)
 
 
 def free_gathered(model: nn.Module) -> None:
@@ -59,3 +80,12 @@ def free_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             cast(Any, module).reshard()
+
+
+def _prefetch(blocks: list[FSDPModule], ahead: int) -> None:
+    """Have each block gather the parameters of the next ones, of the pass at hand, as its own turn begins."""
+    if ahead == 0:
+        return
+    for index, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + ahead])
+        block.set_modules_to_backward_prefetch(blocks[max(index - ahead, 0) : index][::-1])

@@ -10,6 +10,7 @@ FSDP shards over dp_shard x cp together: to parameters the two are the same.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ class Layout:
     device: torch.device
     shards: DeviceMesh
     """What parameters are sharded over, (fsdp), or (dp_replicate, fsdp) where there are replicas."""
+    tp: DeviceMesh
+    """What matrices are cut over, of the same root as `shards`."""
     tokens: DeviceMesh
     """The ranks that share a batch's tokens: dp_replicate x dp_shard x cp."""
     losses: DeviceMesh
@@ -81,11 +84,13 @@ class Layout:
         dist.all_reduce(value, group=self.losses.get_group())
         return value
 
-    def sum_over_stages(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum, in place, what each stage of the pipeline has a part of."""
-        if self.degree("pp") > 1:
-            dist.all_reduce(value, group=self.mesh.get_group("pp"))
-        return value
+    def norm_over_stages(self, norm: torch.Tensor) -> torch.Tensor:
+        """Combine the norms of the stages' gradients into the norm of all of them."""
+        if self.degree("pp") == 1:
+            return norm
+        square = norm.square()
+        dist.all_reduce(square, group=self.mesh.get_group("pp"))
+        return square.sqrt()
 
     def max_over_ranks(self, values: list[float]) -> list[float]:
         """Take the largest of each value over all ranks; waits for the device."""
@@ -96,15 +101,16 @@ class Layout:
 
 def build_layout(parallel: ParallelConfig, device: torch.device) -> Layout:
     """Arrange all ranks of the default process group by the degrees of a resolved config."""
-    shape = tuple(getattr(parallel, axis) for axis in AXES)
-    size = torch.Size(shape).numel()
-    assert size == dist.get_world_size(), f"degrees {shape} for {dist.get_world_size()} ranks"
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
-    fsdp = mesh["dp_shard", "cp"]._flatten("fsdp")
+    degrees = {axis: getattr(parallel, axis) for axis in AXES}
+    assert prod(degrees.values()) == dist.get_world_size(), f"degrees {degrees} for {dist.get_world_size()} ranks"
+    # FSDP and tensor parallelism need axes of one mesh, and FSDP sees dp_shard and cp as one axis.
+    shape = (parallel.pp, parallel.dp_replicate, parallel.dp_shard * parallel.cp, parallel.tp)
+    root = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
     return Layout(
-        mesh,
+        root._unflatten("fsdp", (parallel.dp_shard, parallel.cp), ("dp_shard", "cp")),
         device,
-        shards=mesh["dp_replicate", "fsdp"] if parallel.dp_replicate > 1 else fsdp,
-        tokens=mesh["dp_replicate", "dp_shard", "cp"]._flatten("tokens"),
-        losses=mesh["pp", "dp_replicate", "dp_shard", "cp"]._flatten("losses"),
+        shards=root["dp_replicate", "fsdp"] if parallel.dp_replicate > 1 else root["fsdp"],
+        tp=root["tp"],
+        tokens=root["dp_replicate", "fsdp"]._flatten("tokens"),
+        losses=root["pp", "dp_replicate", "fsdp"]._flatten("losses"),
     )

@@ -51,6 +51,15 @@ class Batch:
         documents = None if self.documents is None else moved(self.documents)
         return Batch(moved(self.tokens), moved(self.targets), positions, documents, self.num_bytes)
 
+    def part(self, places: Tensor, *, counts_bytes: bool) -> "Batch":
+        """Return the positions `places` of every sequence, with their positions said; documents stay whole.
+
+        Of the ranks that share the sequences exactly one counts the bytes, which are known of whole batches only.
+        """
+        positions = places.expand(self.tokens.shape[0], -1) if self.positions is None else self.positions[:, places]
+        num_bytes = self.num_bytes if counts_bytes else 0
+        return Batch(self.tokens[:, places], self.targets[:, places], positions, self.documents, num_bytes)
+
 
 class Batches:
     """The batches of a run, cut from its token stores."""

@@ -1,0 +1,124 @@
+"""The optimizer over the trainable parameters, in an order that no layout changes; a file for each that torch lacks.
+
+Weight decay pulls on what multiplies activations (every tensor of two or more dimensions, the embedding too) and not
+on norms and biases, as in GPT-3 (arXiv:2005.14165) and Llama. The learning rate is set from outside at every step
+(engine/lr.py), one for all groups, so an optimizer holds no schedule. Each of them leaves weights and state alone where
+`optimizer.found_inf` is 1, without waiting for the device, and keeps in `state` only tensors: scalars, and tensors of
+the parameter's shape laid out like it, so that any layout loads what another saved.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from configs.errors import ConfigError, problem
+from configs.schema import OptimConfig
+from engine.optim.apex import ApexAdamW
+from engine.optim.lion import Lion
+from engine.optim.muon import Muon
+
+_FUSED_DEVICES = frozenset({"cuda", "cpu"})
+UNHIDDEN = ("embed_tokens", "lm_head")
+"""Modules whose matrices map tokens, not activations: Muon leaves them to AdamW (kellerjordan.github.io/posts/muon)."""
+STATE_TENSORS = {"adamw": (2, 2), "muon": (1, 2), "lion": (1, 1), "apex": (2, 2)}
+"""Tensors of a parameter's shape and dtype that are kept for each hidden matrix, and for each other parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Trainable:
+    """The parameters that require gradients, sorted by name."""
+
+    hidden: list[nn.Parameter]
+    """Matrices between activations."""
+    decayed: list[nn.Parameter]
+    """Hidden matrices and all other parameters of two or more dimensions."""
+    undecayed: list[nn.Parameter]
+    """Norms and biases."""
+
+    def groups(self, weight_decay: float, without: Sequence[nn.Parameter] = ()) -> list[dict[str, object]]:
+        """Make the parameter groups; none is empty."""
+        left_out = {id(parameter) for parameter in without}
+        decayed = [parameter for parameter in self.decayed if id(parameter) not in left_out]
+        groups = [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": self.undecayed, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    @property
+    def fused(self) -> bool:
+        """Say whether torch has a fused AdamW for all of them."""
+        return all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in self.decayed + self.undecayed)
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Build the optimizer of the parameters that require gradients; raise ConfigError where there are none.
+
+    Build it after sharding: its state takes each parameter's type, placement and dtype. A tied weight counts once.
+    """
+    named = sorted((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    if not named:
+        raise ConfigError("optim: no parameter of the model is trainable. Unfreeze some, or add an adapter.")
+    unhidden = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    trainable = _Trainable(
+        hidden=[p for name, p in named if p.ndim == 2 and id(p) not in unhidden and not _is_unhidden(name)],
+        decayed=[p for _, p in named if p.ndim >= 2],
+        undecayed=[p for _, p in named if p.ndim < 2],
+    )
+    assert config.kind in _BUILDERS, f"optim.kind = {config.kind!r} is refused by configs/check.py"
+    return _BUILDERS[config.kind](trainable, config)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the next step, for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _is_unhidden(name: str) -> bool:
+    return any(part in UNHIDDEN for part in name.split("."))
+
+
+def _adamw(trainable: _Trainable, config: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        trainable.groups(config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=trainable.fused,
+    )
+
+
+def _muon(trainable: _Trainable, config: OptimConfig) -> torch.optim.Optimizer:
+    if not trainable.hidden:
+        raise ConfigError(
+            problem("optim.kind", "muon", "needs a trainable matrix besides embedding and head", do="Use 'adamw'.")
+        )
+    rest = trainable.groups(config.weight_decay, without=trainable.hidden)
+    betas, eps = (config.beta1, config.beta2), config.eps
+    return Muon(
+        trainable.hidden,
+        torch.optim.AdamW(rest, lr=config.lr, betas=betas, eps=eps, fused=trainable.fused) if rest else None,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _lion(trainable: _Trainable, config: OptimConfig) -> torch.optim.Optimizer:
+    return Lion(trainable.groups(config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2))
+
+
+def _apex(trainable: _Trainable, config: OptimConfig) -> torch.optim.Optimizer:
+    groups, betas = trainable.groups(config.weight_decay), (config.beta1, config.beta2)
+    return ApexAdamW(groups, lr=config.lr, betas=betas, eps=config.eps)
+
+
+_BUILDERS: dict[str, Callable[[_Trainable, OptimConfig], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "muon": _muon,
+    "lion": _lion,
+    "apex": _apex,
+}

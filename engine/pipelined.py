@@ -1,0 +1,248 @@
+"""Running microbatches through the stages of a pipeline by one of torch's schedules.
+
+torch orders the computations and moves activations and gradients; what FSDP2 does is decided here, because torch's
+own handling keeps whole gradients until the end of a step, and under schedules that compute weight gradients apart
+(zero bubble) it loses them: the pass over activations runs after a block's parameters are freed, so torch looks for
+graph nodes of the shards and finds none, and FSDP2's reduction of a block comes before its weight gradients exist.
+Here the blocks of such a stage stay gathered through the step, and the reduction follows each weight pass.
+
+Sources: arXiv:2104.04473 (1F1B, interleaved), arXiv:2401.10241 (zero bubble).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
+    _PipelineScheduleRuntime,
+    get_schedule_class,
+)
+
+from configs.errors import LayoutError, problem
+from configs.layout import ZERO_BUBBLE_SCHEDULES
+from configs.schema import ParallelConfig
+from engine.data.batches import Batch
+from engine.step import Forward, ForwardBackward
+from models.llama import Llama
+from parallel.fsdp import DTYPES, reduce_gradients_at
+from parallel.mesh import Layout
+from parallel.pipeline import stages_of, stages_of_ranks, sum_tied_gradients
+
+Schedule = PipelineScheduleSingle | PipelineScheduleMulti
+
+HeadLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(last stage, hidden states after the final norm, targets) -> the summed loss of this rank's targets, nats."""
+
+
+class StageModule(nn.Module):
+    """A stage as torch's pipeline calls it: hidden states in, hidden states or the loss out.
+
+    No FSDPModule itself, so that torch leaves gathering and reduction alone. What a microbatch needs on every stage
+    (positions, documents) each rank has from its own batch; only hidden states travel.
+    """
+
+    def __init__(self, model: Llama, head_loss: HeadLoss | None) -> None:
+        """Wrap a stage; `head_loss` makes it the last one."""
+        super().__init__()
+        self.model = model
+        self.head_loss = head_loss
+        self.batch: Batch | None = None
+        self.num_tokens: Tensor | None = None
+        self.loss_sums: list[Tensor] = []
+
+    def begin(self, batch: Batch | None, num_tokens: Tensor | None) -> None:
+        """Start a step, or an evaluation's batch, which has no count to divide by."""
+        self.batch, self.num_tokens = batch, num_tokens
+        self.loss_sums.clear()
+
+    def forward(self, *hidden: Tensor) -> Tensor:
+        """Run the batch in hand; the last stage returns loss_sum / num_tokens and keeps the sum."""
+        batch = self.batch
+        assert batch is not None, "no microbatch was given to the stage"
+        positions = batch.positions
+        if positions is None:
+            # The hidden states may be a part of the sequence, so the stage can't count for itself.
+            positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
+        out = self.model(hidden[0] if hidden else batch.tokens, positions, batch.documents)
+        if self.head_loss is None:
+            return out
+        loss_sum = self.head_loss(self.model, out, batch.targets)
+        self.loss_sums.append(loss_sum.detach())
+        return loss_sum if self.num_tokens is None else loss_sum / self.num_tokens.clamp(min=1)
+
+
+class Stage(PipelineStage):
+    """torch's stage with FSDP2's flags set as the run wants its gradients reduced."""
+
+    def __init__(self, module: StageModule, accumulate: str, apart: bool, **arguments: Any) -> None:
+        """Take torch's own arguments as they are; `apart`: the schedule computes weight gradients apart."""
+        super().__init__(module, **arguments)
+        self._module, self._accumulate, self._apart = module, accumulate, apart
+        self.microbatches: Sequence[Batch] = ()
+        self._reduced = 0
+
+    def begin(self, microbatches: Sequence[Batch], num_tokens: Tensor) -> None:
+        """Start a step."""
+        self.microbatches, self._reduced = microbatches, 0
+        self._module.begin(None, num_tokens)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Run a microbatch forward."""
+        self._module.batch = self.microbatches[fwd_chunk_id]
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> Any:
+        """Run a backward pass, or one of its halves, and reduce what it leaves."""
+        root = cast(FSDPModule, self._module.model)
+        if backward_type == "input":
+            root.set_is_last_backward(False)
+            root.set_requires_gradient_sync(False)
+            root.set_reshard_after_backward(False)
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        self._reduced += 1
+        last = self._reduced == len(self.microbatches)
+        if self._apart:
+            root.set_requires_gradient_sync(True)
+            root.set_reshard_after_backward(last)
+        reduce_gradients_at(self._module.model, last=last, accumulate=self._accumulate)
+        result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        if backward_type == "weight":
+            # FSDP2's hooks are on activations, which this pass doesn't touch: do what they do at a backward's end.
+            cast(Any, fully_shard).state(root)._root_post_backward_final_callback()
+        return result
+
+
+class Pipeline:
+    """The stages of this rank and the schedules that run them, one for each shape of a step."""
+
+    def __init__(
+        self, model: nn.Module, layout: Layout, parallel: ParallelConfig, compute: str, head_loss: HeadLoss
+    ) -> None:
+        """Wrap the stages; schedules are built when the first microbatches show their shape."""
+        self._model, self._layout, self._parallel, self._dtype = model, layout, parallel, DTYPES[compute]
+        self._group, self._here = layout.mesh.get_group("pp"), layout.index("pp")
+        placed = stages_of_ranks(parallel)
+        self._owners = {stage: rank for rank, stages in enumerate(placed) for stage in stages}
+        self._last = len(self._owners) - 1
+        self._modules = {
+            index: StageModule(stage, head_loss if index == self._last else None)
+            for index, stage in zip(placed[self._here], stages_of(model), strict=True)
+        }
+        self._apart = _computes_weights_apart(parallel)
+        self._schedules: dict[tuple[int, ...], tuple[Schedule, list[Stage]]] = {}
+        if self._apart:
+            # The two halves of a backward pass read the same saved tensors; compiled blocks would give them away.
+            torch._functorch.config.donated_buffer = False
+            for module in self._modules.values():
+                cast(FSDPModule, module.model).set_reshard_after_forward(False)
+
+    def forward_backward(self, microbatches: Sequence[Batch], num_tokens: Tensor) -> Tensor:
+        """Run a step's microbatches, all of one shape; returns this rank's loss sum, 0 without the last stage."""
+        assert len({batch.tokens.shape for batch in microbatches}) == 1, "microbatches of a pipeline are of one shape"
+        shape = (len(microbatches), *microbatches[0].tokens.shape)
+        if shape not in self._schedules:
+            self._schedules[shape] = self._build(len(microbatches), self._hidden_shape(microbatches[0]))
+        schedule, stages = self._schedules[shape]
+        for stage in stages:
+            stage.begin(microbatches, num_tokens)
+        # The stages have their microbatches; torch wants a target for each, which nothing reads.
+        schedule.step(target=torch.zeros(len(microbatches)), return_outputs=False)
+        sum_tied_gradients(self._model, self._parallel, self._group)
+        sums = [loss_sum for module in self._modules.values() for loss_sum in module.loss_sums]
+        return torch.stack(sums).sum() if sums else self._no_loss()
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Tensor:
+        """Run one batch without gradients; returns this rank's loss sum, 0 without the last stage.
+
+        A rank goes on to its next batch once it has sent this one on, so batches follow each other like microbatches.
+        """
+        out = self._no_loss()
+        for index, module in self._modules.items():
+            module.begin(batch, None)
+            before, after = self._owners.get(index - 1), self._owners.get(index + 1)
+            if before is not None and before != self._here:
+                out = torch.empty(self._hidden_shape(batch), dtype=self._dtype, device=self._layout.device)
+                dist.recv(out, group=self._group, group_src=before)
+            out = module() if before is None else module(out)
+            if after is not None and after != self._here:
+                dist.send(out.contiguous(), group=self._group, group_dst=after)
+        return out if self._last in self._modules else self._no_loss()
+
+    def _build(self, count: int, hidden_shape: tuple[int, ...]) -> tuple[Schedule, list[Stage]]:
+        """Build the stages and the schedule of a step of `count` microbatches."""
+        # Shapes are given, so torch runs no forward and backward of its own to find them.
+        hidden = torch.empty(hidden_shape, dtype=self._dtype, device="meta", requires_grad=True)
+        scalar = torch.empty((), dtype=self._no_loss().dtype, device="meta", requires_grad=True)
+        stages = [
+            Stage(
+                module,
+                self._parallel.accumulate,
+                self._apart,
+                stage_index=index,
+                num_stages=self._last + 1,
+                device=self._layout.device,
+                input_args=hidden.detach() if index == 0 else hidden,
+                output_args=scalar if index == self._last else hidden,
+                group=self._group,
+            )
+            for index, module in self._modules.items()
+        ]
+        return _schedule(stages, self._parallel, count), stages
+
+    def _hidden_shape(self, batch: Batch) -> tuple[int, ...]:
+        """Shape of what travels between stages: under tensor parallelism each rank has a part of the sequence."""
+        rows, seq = batch.tokens.shape
+        return rows, seq // self._layout.degree("tp"), stages_of(self._model)[0].config.dim
+
+    def _no_loss(self) -> Tensor:
+        return torch.zeros((), dtype=torch.promote_types(self._dtype, torch.float32), device=self._layout.device)
+
+
+def pipelined(
+    model: nn.Module, layout: Layout, parallel: ParallelConfig, compute: str, head_loss: HeadLoss
+) -> tuple[Forward, ForwardBackward]:
+    """Make the passes of a model that is cut into stages; `compute` is the format that hidden states travel in."""
+    pipeline = Pipeline(model, layout, parallel, compute, head_loss)
+    return pipeline.forward, pipeline.forward_backward
+
+
+def _schedule(stages: list[Stage], parallel: ParallelConfig, count: int) -> Schedule:
+    """Build torch's schedule; gradients aren't divided by the number of microbatches, the loss is already."""
+    arguments: dict[str, Any] = {"n_microbatches": count, "loss_fn": _as_it_is, "scale_grads": False}
+    if parallel.schedule_csv:
+        schedule = _PipelineScheduleRuntime(stages, **arguments)
+        try:
+            schedule._load_csv(parallel.schedule_csv, format=_csv_format(parallel.schedule_csv))
+        except (AssertionError, RuntimeError, ValueError, KeyError) as error:
+            expected = f"must be a schedule of {count} microbatches that can run"
+            raise LayoutError(problem("parallel.schedule_csv", parallel.schedule_csv, expected, str(error))) from error
+        return schedule
+    kind = get_schedule_class(parallel.schedule)
+    return kind(stages[0] if issubclass(kind, PipelineScheduleSingle) else stages, **arguments)  # pyright: ignore
+
+
+def _as_it_is(loss: Tensor, target: Tensor) -> Tensor:
+    """Stand for the loss function, which the last stage has applied."""
+    return loss
+
+
+def _csv_format(path: str) -> Any:
+    """Tell a schedule of computations from one that says when to send and receive too."""
+    return "compute_comms" if "SEND" in Path(path).read_text(encoding="utf-8") else "compute_only"
+
+
+def _computes_weights_apart(parallel: ParallelConfig) -> bool:
+    if parallel.schedule_csv:
+        return re.search(r"\dW\d", Path(parallel.schedule_csv).read_text(encoding="utf-8")) is not None
+    return parallel.schedule in ZERO_BUBBLE_SCHEDULES

@@ -1,0 +1,75 @@
+"""float8 linear layers: the blocks' matrix products in 8 bits with dynamic scales, by torchao (arXiv:2209.05433).
+
+Master weights, their names, the collectives and the head stay what they were: only the factors of a block's products
+are cast, each time anew, scaled to their own largest value: of a tensor, or of each row. What is not float8 is computed
+in bf16. Scales follow what a rank holds, so layouts agree within float8's own error and no closer.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from configs.errors import ConfigError, problem
+from configs.schema import Config
+
+_CAPABILITY = (8, 9)
+_MULTIPLE = 16
+
+
+def check_float8(config: Config, kind: str, device: torch.device) -> None:
+    """Refuse float8 where the device or a package lacks it, or sizes that its kernels don't take."""
+    if kind == "none":
+        return
+    problems = list(_problems(config, kind, device))
+    if problems:
+        raise ConfigError(problems)
+
+
+def use_float8(blocks: Sequence[nn.Module], kind: str, *, emulate: bool = False) -> None:
+    """Swap the linear layers of the blocks, in place, on the meta device and before anything else is done to them.
+
+    `emulate` rounds to float8 and multiplies in full precision, on any device; for tests.
+    """
+    if kind == "none":
+        return
+    from torchao.float8 import (  # pyright: ignore[reportMissingImports] - optional
+        Float8LinearConfig,
+        convert_to_float8_training,
+    )
+
+    options = replace(Float8LinearConfig.from_recipe_name(kind), emulate=emulate)
+    for block in blocks:
+        convert_to_float8_training(block, config=options)
+
+
+def _problems(config: Config, kind: str, device: torch.device) -> Iterator[str]:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _CAPABILITY:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+        expected = f"needs a GPU of compute capability {_CAPABILITY[0]}.{_CAPABILITY[1]} or more, this is {name}"
+        yield problem("precision.float8", kind, expected, do="Use 'none'.")
+    if importlib.util.find_spec("torchao") is None:
+        do = "Run pip install 'ropewalk[float8]', or use 'none'."
+        yield problem("precision.float8", kind, "the package torchao is not installed", do=do)
+    if config.precision.compute != "bf16":
+        do = "Use bf16, or precision.float8 = 'none'."
+        yield problem("precision.compute", config.precision.compute, "must be bf16 under precision.float8", do=do)
+    for name, size in _sizes(config):
+        if size % _MULTIPLE:
+            expected = f"must be a multiple of {_MULTIPLE} under precision.float8"
+            yield problem(name, size, expected, "its kernels take no other sizes")
+
+
+def _sizes(config: Config) -> Iterator[tuple[str, int]]:
+    """Give the widths and the tokens of the products that a rank computes; the config is resolved."""
+    model, data, parallel = config.model, config.data, config.parallel
+    part = " / parallel.tp" if parallel.tp > 1 else ""
+    yield "model.dim", model.dim
+    yield f"model.ffn_dim{part}", model.ffn_dim // parallel.tp
+    yield f"model.num_heads * head_dim{part}", model.num_heads * model.head_dim // parallel.tp
+    kv_heads = max(model.num_kv_heads // parallel.tp, 1)
+    yield f"model.num_kv_heads * head_dim{part}", kv_heads * model.head_dim
+    tokens = data.micro_batch_size * data.seq_len // parallel.cp
+    yield "data.micro_batch_size * seq_len" + (" / parallel.cp" if parallel.cp > 1 else ""), tokens

@@ -1,0 +1,93 @@
+"""Recompute: activations that the backward pass computes again instead of keeping them (arXiv:1604.06174).
+
+`full` keeps a block's input. `selective` also keeps what costs most to compute for what it weighs: attention's output,
+every other matrix product, and the results of tensor parallelism's reductions, which would cost a collective. Gradients
+are the same bits as without: the same operations run on the same numbers, and the model draws no random ones.
+
+A block's class is swapped for a subclass, so that parameters keep their names, all blocks share one graph when they are
+compiled afterwards, and hooks and methods put on the block's parts stay. Recompute first, then compile, then shard.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from configs.schema import RecomputeConfig
+
+_MATMULS = frozenset({"aten::mm", "aten::addmm", "aten::linear"})
+_KEPT = frozenset(
+    {
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_attention_math",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+        "torch_attn::_varlen_attn",
+        "flex_attention",
+        # A compiled function in a block that is not compiled: only attention's is.
+        "inductor_compiled_code",
+        "ropewalk::blocked_attention",
+        "_c10d_functional::reduce_scatter_tensor",
+    }
+)
+
+
+def recompute(blocks: Sequence[nn.Module], config: RecomputeConfig) -> None:
+    """Make every n-th block compute its activations again in the backward pass; in place, before compiling."""
+    if config.mode == "none":
+        return
+    for block in blocks[:: config.every_blocks]:
+        block.__class__ = _recomputed(type(block), config.mode == "selective")
+
+
+@functools.cache
+def _recomputed(kind: type[nn.Module], selective: bool) -> type[nn.Module]:
+    """Make the subclass of a block's class whose forward keeps little; one for all blocks."""
+    # The model draws no random numbers, so there is no state to set back.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if selective:
+        options["context_fn"] = _contexts
+
+    class Recomputed(kind):
+        def forward(self, *inputs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return super().forward(*inputs)
+            return checkpoint(super().forward, *inputs, **options)
+
+    Recomputed.__name__ = Recomputed.__qualname__ = f"Recomputed{kind.__name__}"
+    return Recomputed
+
+
+def _contexts() -> tuple[Any, Any]:
+    """Make the modes under which one block runs forward, and again in the backward pass; they share what is kept."""
+    counts: Counter[bool] = Counter()
+
+    def policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+        name = operation.name()
+        if name in _MATMULS:
+            # The 2nd, 4th, ..: keys, output and up projection. The other half would hold the last product, which no
+            # gradient needs and the backward pass stops before.
+            counts[context.is_recompute] += 1
+            keep = counts[context.is_recompute] % 2 == 0
+        else:
+            keep = name in _KEPT or (name == "aten::cat" and _joins_attention(arguments))
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def _joins_attention(arguments: tuple[Any, ...]) -> bool:
+    """Tell whether a graph being traced puts parts of attention's output together.
+
+    Only there: blocked attention is then many operations, and what leads to a kept result is dropped from the graph,
+    while uncompiled it would all run again. Nothing else of a block is joined along the third dim from the front.
+    """
+    return get_proxy_mode() is not None and arguments[1:] == (2,)

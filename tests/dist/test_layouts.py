@@ -1,0 +1,82 @@
+"""Every layout equals one process: losses, held-out loss, gradients of the first step, weights after the third."""
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+
+from tests.training import Trained, assert_same, layout_config, train_on
+
+# Degrees that make two ranks, and a third axis to put beside two others.
+AXES = ("dp_replicate", "dp_shard", "cp", "tp", "pp")
+
+
+@functools.cache
+def one_process(documents: bool, tied: bool, compute: str = "fp64") -> Trained:
+    return train_on(1, config_for({}, tied, compute), documents)
+
+
+def config_for(parallel: dict[str, Any], tied: bool, compute: str = "fp64", **sections: dict[str, Any]) -> Any:
+    precision = {"compute": compute, "master": "fp64" if compute == "fp64" else "fp32"}
+    model = {"tie_embeddings": tied, "attention_bias": True, "mlp_bias": True}
+    return layout_config(3, model=model, precision=precision, parallel=parallel, **sections)
+
+
+def ranks_of(parallel: dict[str, Any]) -> int:
+    n = 1
+    for axis in AXES:
+        n *= parallel.get(axis, 1)
+    return n
+
+
+def named(layouts: list[dict[str, Any]]) -> list[Any]:
+    return [pytest.param(one, id=" ".join(f"{axis}{degree}" for axis, degree in one.items())) for one in layouts]
+
+
+ALONE = [{axis: degree} for axis in AXES for degree in (2, 4)]
+PAIRS = [dict.fromkeys(pair, 2) for pair in itertools.combinations(AXES, 2)]
+TRIPLES = [
+    {"dp_shard": 2, "tp": 2, "pp": 2},
+    {"dp_shard": 2, "cp": 2, "tp": 2},
+    {"cp": 2, "tp": 2, "pp": 2},
+    {"dp_replicate": 2, "dp_shard": 2, "pp": 2},
+]
+
+
+@pytest.mark.parametrize("parallel", named(ALONE + PAIRS))
+def test_a_layout_equals_one_process(parallel: dict[str, Any]) -> None:
+    found = train_on(ranks_of(parallel), config_for(parallel, tied=False, data={"micro_batch_size": 3}))
+    assert_same(found, one_process(documents=False, tied=False), 1e-10)
+
+
+@pytest.mark.parametrize("parallel", named([one for one in ALONE if 2 in one.values()] + TRIPLES))
+def test_documents_with_unequal_targets_stay_what_they_are(parallel: dict[str, Any]) -> None:
+    tied = "pp" in parallel
+    found = train_on(ranks_of(parallel), config_for(parallel, tied, data={"micro_batch_size": 1}), documents=True)
+    assert_same(found, one_process(documents=True, tied=tied), 1e-10)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("parallel", named([{}, {"dp_shard": 2, "tp": 2}, {"cp": 2, "pp": 2}]))
+def test_recompute_changes_nothing(parallel: dict[str, Any], mode: str) -> None:
+    sections = {"recompute": {"mode": mode, "every_blocks": 2}, "data": {"micro_batch_size": 3}}
+    found = train_on(ranks_of(parallel), config_for(parallel, False, **sections))
+    assert_same(found, one_process(documents=False, tied=False), 1e-10)
+
+
+@pytest.mark.parametrize("parallel", named([{"dp_shard": 2}, {"dp_shard": 2, "pp": 2}, {"dp_replicate": 2, "tp": 2}]))
+def test_unsharded_accumulation_changes_nothing(parallel: dict[str, Any]) -> None:
+    parallel = parallel | {"accumulate": "unsharded", "reshard_after_forward": False}
+    found = train_on(ranks_of(parallel), config_for(parallel, False, data={"micro_batch_size": 2}))
+    assert_same(found, one_process(documents=False, tied=False), 1e-10)
+
+
+@pytest.mark.parametrize(("compute", "bound"), [("fp32", 1e-4), ("bf16", 5e-2)])
+@pytest.mark.parametrize("parallel", named([{axis: 2} for axis in AXES]))
+def test_lower_precision_stays_near_one_process(parallel: dict[str, Any], compute: str, bound: float) -> None:
+    """Losses and norms only: in bf16 single gradients differ by what bf16 rounds."""
+    found = train_on(2, config_for(parallel, False, compute, data={"micro_batch_size": 3}))
+    truth = one_process(documents=False, tied=False, compute=compute)
+    for mine, theirs in zip(found.losses + found.norms, truth.losses + truth.norms, strict=True):
+        assert abs(mine - theirs) <= bound * abs(theirs)

@@ -1,0 +1,161 @@
+"""The same few steps of training on any layout, through the parts that a run is built from, and what came of them.
+
+A test asks `train_on(n, config, ...)` for one process and for a layout, and compares losses, gradients and weights by
+tensor. Batches are synthetic: no power of two anywhere that a degree doesn't ask for, and sequences with unequal
+numbers of targets, some with none, so that a mean of means would show.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from configs.check import resolve
+from configs.load import config_from_dict
+from configs.schema import Config
+from engine.build import build_passes
+from engine.data.batches import IGNORE, Batch
+from engine.lr import lr_at
+from engine.optim import build_optimizer
+from engine.step import part_of_rank, train_step
+from engine.weights import starting_weights
+from parallel.apply import build_model
+from parallel.mesh import Layout, build_layout
+from tests.ranks import run_ranks
+
+VOCAB, SEQ, BATCH = 68, 24, 12  # uneven on 3 ranks; 68 rows over fsdp 4 and tp 2 are uneven too
+
+
+def layout_config(steps: int, **sections: dict[str, Any]) -> Config:
+    """A small config in fp64, with overrides by section."""
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"steps": steps},
+        "model": {"vocab_size": VOCAB, "dim": 20, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6,
+                  "ffn_dim": 28, "max_seq_len": SEQ},
+        "data": {"seq_len": SEQ, "global_batch_size": BATCH, "stores": [{"path": "unused"}]},
+        "objective": {"chunk_tokens": 10},
+        "optim": {"lr": 3e-3, "max_grad_norm": 0.3},
+        "lr": {"warmup_steps": min(3, steps - 1)},
+        "precision": {"compute": "fp64", "master": "fp64"},
+    }  # fmt: skip
+    for section, values in sections.items():
+        tree.setdefault(section, {}).update(values)
+    return config_from_dict(tree, "test")
+
+
+def global_batch(step: int, documents: bool) -> Batch:
+    """The batch of a step: targets missing at the ends; documents are three to a sequence, each from position 0."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(VOCAB, (BATCH, SEQ + 1), generator=generator)
+    targets = tokens[:, 1:].clone()
+    for row in range(BATCH):
+        targets[row, (row * 5 + step) % SEQ :] = IGNORE
+    positions = numbers = None
+    if documents:
+        ends = torch.stack([(torch.randperm(SEQ - 1, generator=generator) + 1)[:2].sort()[0] for _ in range(BATCH)])
+        places = torch.arange(SEQ).expand(BATCH, SEQ)
+        numbers = (places[..., None] >= ends[:, None]).sum(dim=-1)
+        starts = torch.cat([torch.zeros(BATCH, 1, dtype=torch.long), ends], dim=1).gather(1, numbers)
+        positions = places - starts
+    return Batch(tokens[:, :-1].contiguous(), targets, positions, numbers, num_bytes=0)
+
+
+@dataclass(slots=True)
+class Trained:
+    """What a training left behind, whole tensors by the bare model's names."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    heldout: float = 0.0
+    """Loss sum of a batch without gradients, before the first step."""
+    grads: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of the first step, before clipping."""
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def my_microbatches(batch: Batch, layout: Layout, size: int) -> list[Batch]:
+    """This rank's part of a global batch, cut into microbatches."""
+    rows = torch.arange(BATCH).chunk(layout.dp_size)[layout.dp_rank].split(size)
+
+    def taken(tensor: torch.Tensor | None, chosen: torch.Tensor) -> torch.Tensor | None:
+        return None if tensor is None else tensor[chosen]
+
+    return [
+        part_of_rank(
+            Batch(
+                batch.tokens[chosen], batch.targets[chosen], taken(batch.positions, chosen),
+                taken(batch.documents, chosen), 0,
+            ),
+            layout,
+        )
+        for chosen in rows
+    ]  # fmt: skip
+
+
+def train_here(config: Config, documents: bool) -> Trained | None:
+    """Train on the ranks there are; what this rank's stages hold, or None where another rank says the same."""
+    config = resolve(config, dist.get_world_size())
+    layout = build_layout(config.parallel, torch.device("cpu"))
+    model = build_model(config, layout, starting_weights(config))
+    optimizer = build_optimizer(model, config.optim)
+    forward, forward_backward = build_passes(config, layout, model)
+    found = Trained()
+
+    def spy(microbatches: Sequence[Batch], num_tokens: torch.Tensor) -> torch.Tensor:
+        loss_sum = forward_backward(microbatches, num_tokens)
+        if not found.grads:
+            found.grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        return loss_sum
+
+    size = config.data.micro_batch_size
+    with torch.no_grad():
+        sums = [forward(batch) for batch in my_microbatches(global_batch(99, documents), layout, size)]
+    found.heldout = layout.sum_over_losses(torch.stack(sums).sum().double()).item()
+    for step in range(config.run.steps):
+        batches = my_microbatches(global_batch(step, documents), layout, size)
+        lr = lr_at(step, config.lr, config.optim.lr, config.run.steps)
+        result = train_step(model, optimizer, spy, batches, lr, config.optim.max_grad_norm, layout)
+        loss = layout.sum_over_losses(result.loss_sum.double().clone()) / result.num_tokens
+        found.losses.append(loss.item())
+        found.norms.append(result.grad_norm.item())
+        assert result.skipped == 0, "a step was skipped"
+    found.weights = {name: whole(p) for name, p in model.named_parameters()}
+    speaks = all(layout.index(axis) == 0 for axis in ("dp_replicate", "dp_shard", "cp", "tp"))
+    return found if speaks else None
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of the whole tensor, gathered from the ranks that share it."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def train_on(n: int, config: Config, documents: bool = False) -> Trained:
+    """Train on n ranks and put the stages of a pipeline together; all ranks must agree on losses and norms."""
+    stages = [found for found in run_ranks(n, train_here, config, documents, timeout_s=120) if found is not None]
+    first = stages[0]
+    for other in stages[1:]:
+        assert (other.losses, other.norms, other.heldout) == (first.losses, first.norms, first.heldout)
+        for mine, theirs in ((first.grads, other.grads), (first.weights, other.weights)):
+            for name in mine.keys() & theirs.keys():  # a tied weight lives on two stages
+                assert torch.equal(mine[name], theirs[name]), f"{name} differs between stages"
+            mine |= theirs
+    return first
+
+
+def assert_same(found: Trained, truth: Trained, bound: float) -> None:
+    """Hold losses, norms, gradients and weights against the truth, tensors relative in norm."""
+    for name in ("losses", "norms"):
+        for mine, theirs in zip(getattr(found, name), getattr(truth, name), strict=True):
+            assert abs(mine - theirs) <= bound * abs(theirs), f"{name}: {getattr(found, name)}, {getattr(truth, name)}"
+    assert abs(found.heldout - truth.heldout) <= bound * abs(truth.heldout), "held-out loss"
+    for part in ("grads", "weights"):
+        mine, theirs = getattr(found, part), getattr(truth, part)
+        assert mine.keys() == theirs.keys(), f"{part}: {sorted(mine.keys() ^ theirs.keys())}"
+        for name, tensor in theirs.items():
+            if tensor.norm() < 1e-14:
+                continue  # mathematically zero: softmax doesn't see a shift of all scores
+            error = ((mine[name] - tensor).norm() / tensor.norm()).item()
+            assert error < bound, f"{part} {name}: relative error {error:.2e}"
