@@ -185,13 +185,6 @@ def _documents(config: Config) -> Iterator[str]:
 
 def _optimizer(config: Config) -> Iterator[str]:
     optim = config.optim
-    if optim.kind == "adamw_8bit":
-        why = (
-            "torchao's 8-bit state is cut into blocks along each rank's own shard, so the run would depend on the "
-            "layout and no other could resume it; nor can the device skip its steps"
-        )
-        do = "Use 'adamw', or 'lion' for half of its state."
-        yield problem("optim.kind", "adamw_8bit", "is refused", why, do)
     effects = {"momentum": ("muon",), "eps": ("adamw", "muon", "apex", "adamw_8bit")}
     for name, kinds in effects.items():
         value = getattr(optim, name)

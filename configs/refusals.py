@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from configs.errors import problem
+from configs.layout import V_SCHEDULES
 from configs.schema import Config
 
 
@@ -31,6 +32,42 @@ REFUSALS: tuple[Refusal, ...] = (
         why="the compiler finds the pairs of collective and matrix product in a block's graph",
         do="Set compile.blocks = true and parallel.tp, or leave async_tp out.",
         example="--parallel.async_tp true --parallel.tp 2",
+    ),
+    Refusal(
+        what="model.tie_embeddings under a schedule that turns back (ZBVZeroBubble, DualPipeV)",
+        when=lambda config: (
+            config.model.tie_embeddings
+            and config.parallel.pp > 1
+            and not config.parallel.schedule_csv
+            and config.parallel.schedule in V_SCHEDULES
+        ),
+        why="one rank would hold the weight twice under one name, on its first and its last stage",
+        do="Use Interleaved1F1B or InterleavedZeroBubble.",
+        example="--model.tie_embeddings true --model.num_layers 4 --parallel.pp 2 --parallel.schedule ZBVZeroBubble",
+    ),
+    Refusal(
+        what="model.attention varlen or flash with data.document_mask and compile.blocks",
+        when=lambda config: (
+            config.model.attention in ("varlen", "flash") and config.data.document_mask and config.compile.blocks
+        ),
+        why="how many documents there are is data, which one static graph can't hold",
+        do="Use model.attention flex.",
+        example="--model.attention varlen --data.document_mask true --compile.blocks true",
+    ),
+    Refusal(
+        what="precision.float8 with parallel.tp",
+        when=lambda config: config.precision.float8 != "none" and config.parallel.tp > 1,
+        why="torchao's float8 layers multiply whole matrices; tensor parallelism here computes with parts of them",
+        do="Use parallel.dp_shard in place of tp, or leave float8 out.",
+        example="--precision.float8 tensorwise --parallel.tp 2",
+    ),
+    Refusal(
+        what="optim.kind adamw_8bit",
+        when=lambda config: config.optim.kind == "adamw_8bit",
+        why="torchao cuts 8-bit state into blocks along each rank's own shard: the run would depend on the layout, no "
+        "other could resume it, and the device can't skip its steps",
+        do="Use adamw, or lion for half of its state.",
+        example="--optim.kind adamw_8bit",
     ),
     Refusal(
         what="recompute.every_blocks without recompute.mode",

@@ -92,10 +92,11 @@ class ModelConfig:
     init_std / sqrt(2 * num_layers)."""
     init_from: str = ""
     """Folder with a Hugging Face Llama to start from; empty draws the weights from run.seed. Read at step 0 only."""
-    attention: Literal["auto", "sdpa", "blocked"] = "auto"
-    """Kernel of attention: torch's SDPA, or blocks of queries with recomputed scores (exact, no S x S tensor, fast on
-    CPUs when compiled); auto takes blocks on CPUs where they are compiled, else SDPA. Document masks always run in
-    blocks."""
+    attention: Literal["auto", "sdpa", "blocked", "flex", "varlen", "flash"] = "auto"
+    """Kernel of attention. sdpa: torch's; documents run blocked under it. blocked: blocks of queries with recomputed
+    scores, exact on any device. flex: FlexAttention, on GPUs. varlen: torch's variable-length flash kernel, and flash:
+    the flash-attn package, on GPUs in 16 bits. auto: on GPUs flex where documents are kept apart, else sdpa; on CPUs
+    blocked where blocks are compiled, else sdpa."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,6 +247,9 @@ class PrecisionConfig:
     """Format of parameters and activations in the forward and backward pass."""
     master: Literal["fp32", "fp64"] = fixed("fp32")
     """Format of the weights that the optimizer updates, and of the gradient reduction; fp64 is for proofs."""
+    float8: Literal["none", "tensorwise", "rowwise"] = fixed("none")
+    """Compute the blocks' linear layers in float8, scaled by tensor or by row (torchao); on GPUs of compute capability
+    8.9 or more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

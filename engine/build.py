@@ -35,7 +35,8 @@ from engine.progress import ProgressDisplay
 from engine.step import Forward, ForwardBackward, direct
 from engine.weights import starting_weights
 from models.flops import num_params
-from parallel.apply import build_model
+from parallel.apply import attention_backend, build_model
+from parallel.float8 import check_float8
 from parallel.fsdp import DTYPES
 from parallel.mesh import Layout, build_layout
 
@@ -107,6 +108,8 @@ def build_run(
 ) -> Run:
     """Build a run from a resolved config and the text it was `given` as; torch.distributed is initialised."""
     check_compiler(config.compile, device)
+    check_float8(config, config.precision.float8, device)
+    attention_backend(config, device)
     check_memory(config, device, ranks_on_node)
     layout = build_layout(config.parallel, device)
     say = progress.say if progress is not None else _silent

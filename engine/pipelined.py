@@ -63,15 +63,15 @@ class StageModule(nn.Module):
         self.batch, self.num_tokens = batch, num_tokens
         self.loss_sums.clear()
 
-    def forward(self, *hidden: Tensor) -> Tensor:
-        """Run the batch in hand; the last stage returns loss_sum / num_tokens and keeps the sum."""
+    def forward(self, taken: Tensor) -> Tensor:
+        """Run the batch in hand from tokens or hidden states; the last stage keeps loss_sum and returns the loss."""
         batch = self.batch
         assert batch is not None, "no microbatch was given to the stage"
         positions = batch.positions
         if positions is None:
             # The hidden states may be a part of the sequence, so the stage can't count for itself.
             positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
-        out = self.model(hidden[0] if hidden else batch.tokens, positions, batch.documents)
+        out = self.model(taken, positions, batch.documents)
         if self.head_loss is None:
             return out
         loss_sum = self.head_loss(self.model, out, batch.targets)
@@ -98,6 +98,10 @@ class Stage(PipelineStage):
         """Run a microbatch forward."""
         self._module.batch = self.microbatches[fwd_chunk_id]
         return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """Leave out messages to oneself, where a V turns: torch 2.11 sends them, gloo can't."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
@@ -151,12 +155,13 @@ class Pipeline:
         assert len({batch.tokens.shape for batch in microbatches}) == 1, "microbatches of a pipeline are of one shape"
         shape = (len(microbatches), *microbatches[0].tokens.shape)
         if shape not in self._schedules:
-            self._schedules[shape] = self._build(len(microbatches), self._hidden_shape(microbatches[0]))
+            self._schedules[shape] = self._build(microbatches)
         schedule, stages = self._schedules[shape]
         for stage in stages:
             stage.begin(microbatches, num_tokens)
-        # The stages have their microbatches; torch wants a target for each, which nothing reads.
-        schedule.step(target=torch.zeros(len(microbatches)), return_outputs=False)
+        tokens = [torch.cat([batch.tokens for batch in microbatches])] if 0 in self._modules else []
+        # torch wants a target for each microbatch; the stages have theirs already.
+        schedule.step(*tokens, target=torch.zeros(len(microbatches)), return_outputs=False)
         sum_tied_gradients(self._model, self._parallel, self._group)
         sums = [loss_sum for module in self._modules.values() for loss_sum in module.loss_sums]
         return torch.stack(sums).sum() if sums else self._no_loss()
@@ -174,15 +179,16 @@ class Pipeline:
             if before is not None and before != self._here:
                 out = torch.empty(self._hidden_shape(batch), dtype=self._dtype, device=self._layout.device)
                 dist.recv(out, group=self._group, group_src=before)
-            out = module() if before is None else module(out)
+            out = module(batch.tokens if before is None else out)
             if after is not None and after != self._here:
                 dist.send(out.contiguous(), group=self._group, group_dst=after)
         return out if self._last in self._modules else self._no_loss()
 
-    def _build(self, count: int, hidden_shape: tuple[int, ...]) -> tuple[Schedule, list[Stage]]:
-        """Build the stages and the schedule of a step of `count` microbatches."""
+    def _build(self, microbatches: Sequence[Batch]) -> tuple[Schedule, list[Stage]]:
+        """Build the stages and the schedule for steps of this shape."""
         # Shapes are given, so torch runs no forward and backward of its own to find them.
-        hidden = torch.empty(hidden_shape, dtype=self._dtype, device="meta", requires_grad=True)
+        tokens = microbatches[0].tokens.to("meta")
+        hidden = torch.empty(self._hidden_shape(microbatches[0]), dtype=self._dtype, device="meta", requires_grad=True)
         scalar = torch.empty((), dtype=self._no_loss().dtype, device="meta", requires_grad=True)
         stages = [
             Stage(
@@ -192,13 +198,13 @@ class Pipeline:
                 stage_index=index,
                 num_stages=self._last + 1,
                 device=self._layout.device,
-                input_args=hidden.detach() if index == 0 else hidden,
+                input_args=hidden if index else tokens,
                 output_args=scalar if index == self._last else hidden,
                 group=self._group,
             )
             for index, module in self._modules.items()
         ]
-        return _schedule(stages, self._parallel, count), stages
+        return _schedule(stages, self._parallel, len(microbatches)), stages
 
     def _hidden_shape(self, batch: Batch) -> tuple[int, ...]:
         """Shape of what travels between stages: under tensor parallelism each rank has a part of the sequence."""

@@ -29,7 +29,7 @@ __all__ = ["BLOCK", "Attend", "Backend", "attention", "attention_to_cache", "why
 
 Backend = Literal["sdpa", "blocked", "flex", "varlen", "flash"]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""(q, k, v, documents) -> out, each (batch, heads, seq, head_dim); the queries are the last positions of the keys."""
+"""(q, k, v, documents) -> out, each (batch, heads, length, head_dim); the queries are the keys' last positions."""
 
 
 def attention(

@@ -1,8 +1,8 @@
 """FlexAttention with a mask of blocks: causal, documents kept apart, queries at the end of the keys.
 
-The mask of blocks is computed from the documents at the blocks' first and last positions, (S / 128) x (S / 128): torch's
-own create_block_mask evaluates all S x S pairs. It never waits for the device and compiles within a block's graph. GPUs
-only: torch has no backward pass for it on CPUs. A leaf of attention.py, which chooses.
+The mask of blocks is computed from the documents at the blocks' first and last positions, (S / 128) x (S / 128);
+torch's own create_block_mask evaluates all S x S pairs. It never waits for the device. GPUs only: torch has no backward
+pass for it on CPUs. A leaf of attention.py, which chooses.
 """
 
 import functools

@@ -1,18 +1,22 @@
 """The one ordered recipe from a config to a model that is laid out over the mesh."""
 
+from typing import cast
+
 import torch
 from torch import nn
 
+from configs.errors import ConfigError, problem
 from configs.schema import Config
-from models.attention import Backend
+from models.attention import Backend, why_not
 from models.llama import Block, Llama
 from parallel.context import context_attention
-from parallel.fsdp import DTYPES, shard
+from parallel.float8 import use_float8
+from parallel.fsdp import DTYPES, parameter_device, shard
 from parallel.materialise import Fill, materialise
 from parallel.mesh import Layout
 from parallel.pipeline import join_stages, split_stages
 from parallel.recompute import recompute
-from parallel.tensor import split_tensors
+from parallel.tensor import enable_async_tp, split_tensors
 
 
 def build_model(config: Config, layout: Layout, fill: Fill) -> nn.Module:
@@ -24,22 +28,27 @@ def build_model(config: Config, layout: Layout, fill: Fill) -> nn.Module:
     stages = split_stages(model, config.parallel, config.data.seq_len, layout.index("pp"))
     for stage in stages:
         _lay_out(stage, config, layout)
+    if config.parallel.async_tp:
+        enable_async_tp(layout.tp)
     whole = join_stages(stages)
     # After sharding, so that a rank allocates and draws its shards only.
-    materialise(whole, layout.device, fill)
+    materialise(whole, parameter_device(config.parallel, layout.device), fill)
     return whole
 
 
 def _lay_out(stage: Llama, config: Config, layout: Layout) -> None:
     """Lay one stage out over the other axes, in place."""
-    blocks: list[Block] = list(stage.layers.values())  # pyright: ignore[reportAssignmentType]
-    # Matrices before FSDP, which shards what is left of each.
+    blocks = list(stage.layers.values())
+    # First, as it puts other modules in the place of the blocks' linear ones.
+    use_float8(blocks, config.precision.float8)
+    # Before FSDP, which shards what is left of each matrix.
     if config.parallel.tp > 1:
         split_tensors(stage, layout.tp)
     # Within a block and inside of what is recomputed: gathered keys and values are not kept for the backward.
     if config.parallel.cp > 1:
         for block in blocks:
-            block.self_attn.attend = context_attention(block.self_attn.attend, layout.mesh["cp"])
+            attention = cast(Block, block).self_attn
+            attention.attend = context_attention(attention.attend, layout.mesh["cp"])
     # Inside of the graph, so that the compiler sees what is computed twice.
     recompute(blocks, config.recompute)
     # Before FSDP, so that its gathering stays outside of the graph and one graph serves all blocks.
@@ -51,7 +60,15 @@ def _lay_out(stage: Llama, config: Config, layout: Layout) -> None:
 
 
 def attention_backend(config: Config, device: torch.device) -> Backend:
-    """Choose the kernel for `model.attention = auto`: blocks win on CPUs once compiled, and lose to SDPA before."""
-    if config.model.attention != "auto":
-        return config.model.attention
-    return "blocked" if device.type == "cpu" and config.compile.blocks else "sdpa"
+    """Choose the kernel for `model.attention = auto`; raise ConfigError for one that does not run here."""
+    chosen = config.model.attention
+    if chosen == "auto":
+        if device.type == "cuda":
+            return "flex" if config.data.document_mask else "sdpa"
+        # Blocks win on CPUs once compiled, and lose to SDPA before.
+        return "blocked" if config.compile.blocks else "sdpa"
+    why = why_not(chosen, device.type, DTYPES[config.precision.compute])
+    if why:
+        do = "Use 'auto', 'sdpa' or 'blocked'."
+        raise ConfigError(problem("model.attention", chosen, f"does not run on {device.type} here", why, do))
+    return chosen

@@ -1,6 +1,6 @@
 """Pipeline parallelism, the model's side: which layers a stage has, which stages a rank has, and tied embeddings.
 
-A stage is a Llama without the parts that other stages have: what it lacks passes its input on, and the layers keep their
+A stage is a Llama without the parts that other stages have: what it lacks passes its input on, and layers keep their
 numbers, so every parameter has the bare model's name. Stages follow each other around the ranks (stage s on rank s mod
 pp), or down and up again in a V (rank r has stages r and 2 pp - 1 - r), or as a CSV's rows say. How microbatches run
 through them is engine/pipelined.py's part.
@@ -121,7 +121,9 @@ def counted_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def sum_tied_gradients(model: nn.Module, parallel: ParallelConfig, group: dist.ProcessGroup) -> None:
     """Add up, in place, the gradients of a tied weight's two copies; `group` is the ranks of this pipeline."""
-    weights = [stage.embed_tokens.weight for stage in stages_of(model) if not isinstance(stage.embed_tokens, nn.Identity)]
+    weights = [
+        stage.embed_tokens.weight for stage in stages_of(model) if not isinstance(stage.embed_tokens, nn.Identity)
+    ]
     tied = any(stage.config.tie_embeddings for stage in stages_of(model))
     if parallel.pp == 1 or not tied or not weights or weights[0].grad is None:
         return

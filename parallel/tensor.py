@@ -10,6 +10,7 @@ tokens or of the heads on each, so its gradient is a partial sum, which FSDP add
 Sources: arXiv:1909.08053 (Megatron-LM), arXiv:2205.05198 section 4.2 (sequence parallelism).
 """
 
+import warnings
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, cast
 
@@ -86,7 +87,9 @@ def enable_async_tp(mesh: DeviceMesh) -> None:
     from torch.distributed import _symmetric_memory
 
     config._micro_pipeline_tp = True  # pyright: ignore[reportPrivateUsage]
-    if torch.__version__ < "2.13":  # there the memory is set up for every group
+    with warnings.catch_warnings():
+        # torch 2.13 calls it needless, yet its pass skips every group that it wasn't called for, without a word.
+        warnings.simplefilter("ignore", FutureWarning)
         _symmetric_memory.enable_symm_mem_for_group(mesh.get_group().group_name)
 
 

@@ -37,6 +37,7 @@ PRELOADED = [
     "torch.distributed",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
     "torch._dynamo",
     "numpy",

@@ -274,7 +274,7 @@ def _pyproject() -> dict[str, dict]:
 
 
 def _declared(requirements: list[str]) -> set[str]:
-    return {re.split(r"[\[<>=~! ]", requirement)[0].lower() for requirement in requirements}
+    return {re.split(r"[\[<>=~! ]", requirement)[0].lower().replace("-", "_") for requirement in requirements}
 
 
 def test_dependencies_are_declared_as_they_are_imported() -> None:
@@ -282,7 +282,18 @@ def test_dependencies_are_declared_as_they_are_imported() -> None:
     core, bench = _declared(project["dependencies"]), _declared(project["optional-dependencies"]["bench"])
     ours = set(ROOMS) | set(sys.stdlib_module_names)
     imported = {module.split(".")[0] for path in SOURCES for module, _ in _imports(path)} - ours
-    assert imported - core - bench == set(), "imported but not declared"
+    accelerators = _declared(
+        [text for extra in ("flash", "float8") for text in project["optional-dependencies"][extra]]
+    )
+    assert imported - core - bench - accelerators == set(), "imported but not declared"
+    at_the_top = {
+        name.split(".")[0]
+        for path in SOURCES
+        for node in _tree(path).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    assert at_the_top & accelerators == set(), "an accelerator is looked up when a config asks for it"
     assert core - imported == IMPORTED_BY_OTHERS, "declared but not imported"
     outside = {
         _name(path)

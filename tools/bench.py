@@ -6,6 +6,10 @@ Both sides train the same model from the same weights on the same batches in the
 optimizer, each in a process of its own, and take turns: this machine's mood hits both alike, and the ratio of the
 medians is what counts. Both losses are printed: they must agree, or the two did not do the same work. Peak memory is
 that of each process. The last line is `ratio X.XX`; the JSON has every timing.
+
+    python tools/bench.py layouts [CONFIG] ...
+
+compares layouts of 2 and 4 processes with one process; see `layouts --help`.
 """
 
 import argparse
@@ -33,6 +37,7 @@ from launchers.allocator import huge_pages_for_children, keep_freed_memory
 from launchers.env import usable_cores
 from models.flops import flops_per_token, num_params
 from parallel.fsdp import DTYPES
+from tools import bench_layouts
 
 WARMUP_STEPS = 3
 
@@ -52,9 +57,8 @@ class Ours:
         """Build the model as a run does."""
         import torch.distributed as dist
 
-        from engine.loss import chunk_cross_entropy, compiled_chunk_loss, next_token
+        from engine.build import build_passes
         from engine.optim import build_optimizer
-        from engine.step import direct
         from engine.weights import starting_weights
         from parallel.apply import build_model
         from parallel.mesh import build_layout
@@ -64,9 +68,7 @@ class Ours:
         self.config, self.layout = config, build_layout(config.parallel, device)
         self.model = build_model(config, self.layout, starting_weights(config))
         self.optimizer = build_optimizer(self.model, config.optim)
-        chunk_loss = compiled_chunk_loss() if config.compile.loss else chunk_cross_entropy
-        objective = next_token(config.objective, chunk_loss)
-        self.forward_backward = direct(self.model, objective, config.parallel.accumulate)
+        _, self.forward_backward = build_passes(config, self.layout, self.model)
 
     def step(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Train one step, in microbatches where the config asks for them."""
@@ -236,6 +238,8 @@ def report(config: Config, device: str, threads: int, found: dict[str, Measured]
 
 def main(argv: list[str]) -> int:
     """Run the comparison and print it."""
+    if argv[:1] == ["layouts"]:
+        return bench_layouts.main(argv[1:])
     parser = argparse.ArgumentParser(
         prog="tools/bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

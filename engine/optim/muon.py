@@ -20,7 +20,7 @@ from engine.optim.shards import gradient_of, local_part, skip_flag
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that takes small singular values up fastest, and ends between about 0.7 and 1.2."""
-_ITERATIONS = 5
+_NEWTON_SCHULZ_STEPS = 5
 
 
 class Muon(torch.optim.Optimizer):
@@ -104,7 +104,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     a, b, c = _COEFFICIENTS
     wide = matrix if matrix.size(0) <= matrix.size(1) else matrix.T  # the gram matrix is then the smaller one
     wide = wide / wide.norm().clamp(min=1e-7)  # no singular value above 1, where the iteration would diverge
-    for _ in range(_ITERATIONS):
+    for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = wide @ wide.T
         wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return wide if matrix.size(0) <= matrix.size(1) else wide.T

@@ -1,38 +1,115 @@
 """Compiled blocks and a compiled loss train the same run as eager ones, by one graph for all blocks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from configs.check import resolve
 from configs.errors import ConfigError
-from configs.schema import CompileConfig
+from configs.schema import CompileConfig, Config, RecomputeConfig
 from engine.compiler import check_compiler
-from engine.loss import chunk_cross_entropy, compiled_chunk_loss
-from tests.dist.test_step import a_config, assert_same, train_here
+from models.llama import Llama
+from parallel.recompute import recompute
+from tests import training
 from tests.ranks import run_ranks
+from tests.training import Trained, assert_same, layout_config, train_here, train_on
 
 
-def train_and_count(config: Any) -> dict[str, Any]:
-    """Train, and count what was compiled in all and after the second step."""
-    import torch._dynamo.utils as dynamo
-
-    chunk_loss = compiled_chunk_loss() if config.compile.loss else chunk_cross_entropy
-    found = train_here(config, -1, False, chunk_loss)
-    found["frames"] = dynamo.counters["stats"]["unique_graphs"]
-    return found
-
-
-def test_compiled_equals_eager_on_two_ranks() -> None:
+@pytest.fixture(autouse=True)
+def compiler() -> None:
     try:
         check_compiler(CompileConfig(blocks=True), torch.device("cpu"))
     except ConfigError as error:
         pytest.skip(str(error))
-    eager = run_ranks(2, train_and_count, a_config(3))[0]
-    compiled = run_ranks(2, train_and_count, a_config(3, compile={"blocks": True, "loss": True}), timeout_s=300)[0]
-    assert eager["frames"] == 0
-    # The block, and the cross entropy of a whole and of a last, shorter chunk: not one graph a layer.
-    assert 2 <= compiled["frames"] <= 3
-    assert compiled["losses"] == pytest.approx(eager["losses"], rel=1e-5)
-    assert_same(compiled, eager, "grads", 1e-4)
-    assert_same(compiled, eager, "weights", 1e-4)
+
+
+def a_config(mode: str, compiled: bool, **parallel: Any) -> Config:
+    return layout_config(
+        3,
+        precision={"compute": "fp32", "master": "fp32"},
+        model={"attention": "blocked"},
+        data={"micro_batch_size": 3},
+        recompute={"mode": mode},
+        compile={"blocks": compiled, "loss": compiled and mode == "none"},
+        parallel=parallel,
+    )
+
+
+def train_and_count(config: Config) -> tuple[Trained, int]:
+    """Train; whatever would be compiled after the first step is an error. Returns the number of graphs, too."""
+    import torch._dynamo.utils as dynamo
+
+    take_step = training.train_step
+
+    def then_no_more(*arguments: Any) -> Any:
+        result = take_step(*arguments)
+        torch.compiler.set_stance("fail_on_recompile")
+        return result
+
+    training.train_step = then_no_more
+    found = train_here(config, False)
+    assert found is not None or torch.distributed.get_rank() > 0
+    return found or Trained(), dynamo.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "parallel"),
+    [
+        ("none", {"dp_shard": 2}),
+        ("full", {"dp_shard": 2}),
+        ("selective", {"dp_shard": 2}),
+        ("selective", {"tp": 2}),
+    ],
+    ids=["none", "full", "selective", "selective tp"],
+)
+def test_compiled_blocks_train_the_eager_run_by_one_graph(mode: str, parallel: dict[str, int]) -> None:
+    eager = train_on(2, a_config("none", False, **parallel))
+    found, graphs = run_ranks(2, train_and_count, a_config(mode, True, **parallel), timeout_s=300)[0]
+    # The block, without and with gradients; and the cross entropy of a whole and of a last, shorter chunk.
+    assert graphs == (4 if mode == "none" else 2)
+    assert_same(found, eager, 1e-4)
+
+
+@contextmanager
+def saved_bytes(blocks: list[torch.nn.Module]) -> Iterator[list[int]]:
+    """Count what compiled blocks save for their backward pass, parameters apart."""
+    own = {parameter.data_ptr() for block in blocks for parameter in block.parameters()}
+    counts = [0]
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            counts[0] += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield counts
+
+
+def count_saved(mode: str) -> int:
+    torch.compiler.reset()
+    model = {"dim": 32, "num_layers": 2, "num_heads": 2, "head_dim": 16, "num_kv_heads": 1, "ffn_dim": 64}
+    config = resolve(layout_config(1, model=model, precision={"compute": "fp32", "master": "fp32"}), 1).model
+    blocks = list(Llama(config, "blocked").layers.values())
+    recompute(blocks, RecomputeConfig(mode=mode))  # pyright: ignore[reportArgumentType]
+    x = torch.randn(1, 160, 32, requires_grad=True)
+    table = torch.randn(1, 160, 8)
+    for block in blocks:
+        # The compiler's choice of what to save, without its kernels: those take a minute to build.
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+    with saved_bytes(blocks) as counts:
+        for block in blocks:
+            x = block(x, table, table, None)
+    return counts[0]
+
+
+def test_a_compiled_block_saves_what_its_mode_keeps() -> None:
+    none, selective, full = run_ranks(1, lambda: [count_saved(mode) for mode in ("none", "selective", "full")])[0]
+    stream, tables = 160 * 32 * 4, 160 * 8 * 4 * 2
+    assert none > selective > full
+    assert full <= 2 * (stream + tables)
+    # A key head of half the width, attention's output, the output projection, and twice the width inside.
+    assert selective - full == pytest.approx(2 * stream * (0.5 + 1 + 1 + 2), abs=2 * tables)

@@ -1,7 +1,7 @@
 """Context parallelism against one process: attention, a whole model, its collectives, its graph, and its work."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -34,7 +34,9 @@ def axis(n: int) -> DeviceMesh:
 def packed(seq: int) -> Tensor:
     """Documents of other lengths in each row, some longer than a chunk, one of a single token; (BATCH, seq)."""
     lengths = ([seq // 2 - 3, 1, seq // 3], [5, seq // 4])
-    rows = [torch.repeat_interleave(torch.arange(len(own) + 1), torch.tensor([*own, seq - sum(own)])) for own in lengths]
+    rows = [
+        torch.repeat_interleave(torch.arange(len(own) + 1), torch.tensor([*own, seq - sum(own)])) for own in lengths
+    ]
     return torch.stack(rows)
 
 
@@ -78,7 +80,8 @@ def attend_here(n: int, backend: Backend, documented: bool) -> list[Tensor]:
     mine = held_positions(SEQ, n, mesh.get_local_rank())
     parts = [tensor[:, :, mine].requires_grad_() for tensor in (q, k, v)]
     attend = context_attention(lambda q, k, v, documents: attention(q, k, v, documents, backend), mesh)
-    out = attend(*parts, packed(SEQ) if documented else None)
+    q, k, v = parts
+    out = attend(q, k, v, packed(SEQ) if documented else None)
     return [out.detach(), *torch.autograd.grad((out * weight[:, :, mine]).sum(), parts)]
 
 
@@ -106,7 +109,8 @@ def train_here(n: int, backend: Backend, documented: bool) -> dict[str, Tensor]:
     mesh = axis(n)
     index = mesh.get_local_rank()
     model = a_model(backend)
-    for block in model.layers.values():
+    for module in model.layers.values():
+        block = cast(Block, module)
         block.self_attn.attend = context_attention(block.self_attn.attend, mesh)
     batch = a_batch(documented).part(held_positions(SEQ, n, index), counts_bytes=index == 0)
     assert batch.tokens.shape == (BATCH, SEQ // n)
@@ -156,10 +160,10 @@ class Operations(TorchDispatchMode):
 
 def operations_here(n: int, backend: Backend, seq: int, documented: bool) -> tuple[int, list[str]]:
     mesh = axis(n)
-    parts = [torch.randn(1, 2, seq // n, 4, requires_grad=True) for _ in range(3)]
+    q, k, v = (torch.randn(1, 2, seq // n, 4, requires_grad=True) for _ in range(3))
     attend = context_attention(lambda q, k, v, documents: attention(q, k, v, documents, backend), mesh)
     with Operations() as operations:
-        attend(*parts, torch.zeros(1, seq, dtype=torch.long) if documented else None).sum().backward()
+        attend(q, k, v, torch.zeros(1, seq, dtype=torch.long) if documented else None).sum().backward()
     return operations.largest, operations.collectives
 
 

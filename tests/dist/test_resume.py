@@ -44,11 +44,12 @@ def watched(workplace: Path, *argv: str) -> dict[str, Any]:
     os.chdir(workplace)
     _, config = parse_command_line(["tiny.toml", *argv], "test")
     run = build_run(resolve(config, dist.get_world_size()), "", torch.device("cpu"), dist.get_world_size(), None)
-    found = {"step": run.step, "state": state_of(run.model, run.optimizer), "batches": []}
+    place = {axis: run.layout.index(axis) for axis in ("pp", "tp")} | {"dp": run.layout.dp_rank}
+    found = {"step": run.step, "state": state_of(run.model, run.optimizer), "batches": [], "place": place}
     forward_backward = run.forward_backward
 
     def spy(microbatches: Sequence[Batch], num_tokens: Tensor) -> Tensor:
-        found["batches"].append([(batch.tokens.tolist(), batch.targets.tolist()) for batch in microbatches])
+        found["batches"].append([places_of(batch) for batch in microbatches])
         return forward_backward(microbatches, num_tokens)
 
     run.forward_backward = spy
@@ -66,12 +67,29 @@ def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     return whole
 
 
-def token_stream(ranks: list[dict[str, Any]]) -> list[list[tuple[list[int], list[int]]]]:
-    """Each step's global batch as (tokens, targets) of its sequences, put together from all ranks in order."""
-    return [
-        [row for parts in batches for tokens, targets in parts for row in zip(tokens, targets, strict=True)]
-        for batches in zip(*(rank["batches"] for rank in ranks), strict=True)
-    ]
+def places_of(batch: Batch) -> list[dict[int, tuple[int, int]]]:
+    """Token and target at each position that this rank has, for each sequence."""
+    seq = range(batch.tokens.shape[1])
+    positions = [list(seq)] * len(batch.tokens) if batch.positions is None else batch.positions.tolist()
+    rows = zip(positions, batch.tokens.tolist(), batch.targets.tolist(), strict=True)
+    return [{place: pair for place, *pair in zip(*row, strict=True)} for row in rows]
+
+
+def token_stream(ranks: list[dict[str, Any]]) -> list[list[list[tuple[int, Any]]]]:
+    """Each step's global batch as its sequences, put together from the ranks that see different tokens, in order."""
+    readers: dict[int, list[dict[str, Any]]] = {}
+    for rank in ranks:
+        if rank["place"]["pp"] == rank["place"]["tp"] == 0:
+            readers.setdefault(rank["place"]["dp"], []).append(rank)
+    stream = []
+    for step in range(len(ranks[0]["batches"])):
+        rows: list[dict[int, Any]] = []
+        for dp in sorted(readers):
+            parts = [[row for batch in rank["batches"][step] for row in batch] for rank in readers[dp]]
+            # The ranks of cp have parts of the same sequences.
+            rows += [{place: pair for part in row for place, pair in part.items()} for row in zip(*parts, strict=True)]
+        stream.append([sorted(row.items()) for row in rows])
+    return stream
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +124,10 @@ def half(workplace: Path, whole: list[dict[str, Any]]) -> Path:
         (2, ("--data.micro_batch_size", "1")),
         (4, ()),
         (4, ("--parallel.dp_replicate", "2", "--data.micro_batch_size", "1")),
+        (2, ("--parallel.tp", "2")),
+        (2, ("--parallel.cp", "2")),
+        (2, ("--parallel.pp", "2")),
+        (4, ("--parallel.tp", "2", "--parallel.pp", "2", "--parallel.schedule", "GPipe")),
     ],
 )
 def test_another_layout_continues_with_the_same_state_and_the_same_tokens(
@@ -117,8 +139,9 @@ def test_another_layout_continues_with_the_same_state_and_the_same_tokens(
     assert [rank["step"] for rank in resumed] == [HALF] * n
     assert token_stream(resumed) == token_stream(whole)[HALF:]
     saved = open_checkpoint(half / "checkpoints")
+    assert {tensor for rank in resumed for tensor in rank["state"]} == set(saved.names(""))
     for rank in resumed:
-        assert rank["state"].keys() == set(saved.names(""))
+        assert rank["state"].keys() == set(saved.names("")) or "--parallel.pp" in other
         for tensor, value in rank["state"].items():
             assert torch.equal(value, saved.read(tensor)), tensor
     lines, expected = (steps_of(workplace / "runs" / run) for run in (name, "whole"))
@@ -128,6 +151,37 @@ def test_another_layout_continues_with_the_same_state_and_the_same_tokens(
         _, _, loss, grad_norm, lr, num_tokens, *_ = line
         assert (lr, num_tokens) == (truth[4], truth[5])
         assert (loss, grad_norm) == (pytest.approx(truth[2], rel=1e-5), pytest.approx(truth[3], rel=1e-4))
+
+
+SAVED_ON = [
+    (4, ("--parallel.dp_shard", "2", "--parallel.tp", "2"), (3, ())),
+    (2, ("--parallel.pp", "2"), (2, ("--parallel.tp", "2"))),
+    (4, ("--parallel.cp", "2", "--parallel.pp", "2"), (1, ())),
+]
+
+
+@pytest.mark.parametrize(("n", "layout", "then"), SAVED_ON)
+def test_what_any_layout_saved_another_continues(
+    workplace: Path, whole: list[dict[str, Any]], n: int, layout: tuple[str, ...], then: tuple[int, tuple[str, ...]]
+) -> None:
+    name = f"from-{'-'.join(layout[::2] + layout[1::2])}".replace("--parallel.", "")
+    steps = ("--data.global_batch_size", "12") if then[0] == 3 else ()
+    first = run_ranks(n, watched, workplace, "--run.name", name, "--run.steps", str(HALF), *layout, *steps)
+    saved = open_checkpoint(workplace / "runs" / name / "checkpoints")
+    state = {tensor: saved.read(tensor) for tensor in saved.names("")}
+    assert state.keys() == whole[0]["state"].keys() | {n for n in state if n.startswith("optimizer.")}
+    resumed = run_ranks(then[0], watched, workplace, "--run.name", name, "--run.steps", str(ALL), *then[1], *steps)
+    for rank in resumed:
+        assert rank["step"] == HALF
+        for tensor, value in rank["state"].items():
+            assert torch.equal(value, state[tensor]), tensor
+    if not steps:
+        assert token_stream(first) + token_stream(resumed) == token_stream(whole)
+        for line, truth in zip(
+            steps_of(workplace / "runs" / name), steps_of(workplace / "runs" / "whole"), strict=True
+        ):
+            assert line[4:] == truth[4:]
+            assert (line[2], line[3]) == (pytest.approx(truth[2], rel=1e-5), pytest.approx(truth[3], rel=1e-4))
 
 
 def test_the_token_stream_is_not_the_same_batch_again(whole: list[dict[str, Any]]) -> None:

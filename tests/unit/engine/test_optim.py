@@ -359,14 +359,6 @@ def test_apex_is_refused_where_its_kernel_computes_something_else(monkeypatch: p
         ({"kind": "muon", "momentum": 1.0}, ["optim.momentum = 1.0: must be at least 0 and less than 1."]),
         ({"kind": "muon", "momentum": 0.9, "eps": 1e-6}, []),
         ({"kind": "apex", "eps": 1e-6}, []),
-        (
-            {"kind": "adamw_8bit"},
-            [
-                "optim.kind = 'adamw_8bit': is refused (torchao's 8-bit state is cut into blocks along each rank's own "
-                "shard, so the run would depend on the layout and no other could resume it; nor can the device skip "
-                "its steps). Use 'adamw', or 'lion' for half of its state."
-            ],
-        ),
     ],
 )
 def test_the_check_of_a_config(optim: dict[str, Any], expected: list[str]) -> None:
