@@ -64,6 +64,8 @@ class StepRecord:
     memory_gib: float
     """Peak since the process started."""
     memory_kind: MemoryKind
+    cp_imbalance: float
+    """Attention's work of the busiest rank of cp over the mean, in this step; 1 where all have the same."""
     peak_tflops: float
     peak_kind: PeakKind
     gemm_tflops: float
@@ -204,6 +206,7 @@ class RankCosts:
     memory_gib: float
     gemm_share: float
     """Of the last logged step."""
+    cp_imbalance: float = 1.0
 
 
 class Sink(Protocol):
@@ -307,6 +310,7 @@ class Metrics:
             wall_s=interval.wall_s,
             memory_gib=costs.memory_gib,
             memory_kind=peak_memory_gib(self._device)[1],
+            cp_imbalance=costs.cp_imbalance,
             peak_tflops=yard.peak.tflops,
             peak_kind=yard.peak.kind,
             gemm_tflops=yard.gemm_tflops,

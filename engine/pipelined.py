@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch._functorch.config as functorch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -108,22 +109,28 @@ class Stage(PipelineStage):
     ) -> Any:
         """Run a backward pass, or one of its halves, and reduce what it leaves."""
         root = cast(FSDPModule, self._module.model)
-        if backward_type == "input":
-            root.set_is_last_backward(False)
-            root.set_requires_gradient_sync(False)
-            root.set_reshard_after_backward(False)
-            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        self._reduced += 1
+        self._reduced += backward_type != "input"
         last = self._reduced == len(self.microbatches)
+        if backward_type == "full":
+            self._reduce_at(last)
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        # FSDP2's hooks are on activations: in these passes they run too early, for some gradients or for none.
+        root.set_is_last_backward(False)
+        root.set_requires_gradient_sync(False)
+        root.set_reshard_after_backward(False)
+        result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        if backward_type == "weight":
+            self._reduce_at(last)
+            cast(Any, fully_shard).state(root)._root_post_backward_final_callback()
+        return result
+
+    def _reduce_at(self, last: bool) -> None:
+        """Say what the end of a microbatch's backward communicates, and frees."""
+        root = cast(FSDPModule, self._module.model)
         if self._apart:
             root.set_requires_gradient_sync(True)
             root.set_reshard_after_backward(last)
         reduce_gradients_at(self._module.model, last=last, accumulate=self._accumulate)
-        result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        if backward_type == "weight":
-            # FSDP2's hooks are on activations, which this pass doesn't touch: do what they do at a backward's end.
-            cast(Any, fully_shard).state(root)._root_post_backward_final_callback()
-        return result
 
 
 class Pipeline:
@@ -146,7 +153,7 @@ class Pipeline:
         self._schedules: dict[tuple[int, ...], tuple[Schedule, list[Stage]]] = {}
         if self._apart:
             # The two halves of a backward pass read the same saved tensors; compiled blocks would give them away.
-            torch._functorch.config.donated_buffer = False
+            functorch.donated_buffer = False
             for module in self._modules.values():
                 cast(FSDPModule, module.model).set_reshard_after_forward(False)
 

@@ -7,10 +7,10 @@ functions of the step, so that whatever is killed continues from its last checkp
 import gc
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 
 import torch
@@ -27,7 +27,9 @@ from engine.lr import lr_at
 from engine.metrics import RankCosts, StepRecord
 from engine.peaks import measured_gemm_tflops
 from engine.step import StepResult, part_of_rank, train_step
+from parallel.context import imbalance, work
 from parallel.fsdp import DTYPES
+from parallel.mesh import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def train(run: Run) -> Outcome:
             if step == run.first_step + 1:
                 _shorten_timeouts(run)
             if _due(step, config.metrics.every_steps, config) or step == 1:
-                last = _record(run, result, counters, lr)
+                last = _record(run, result, counters, lr, _cp_imbalance(run.layout, microbatches))
             elif run.progress is not None:
                 run.progress.advance(step)
             now = _evaluate(run, step) if _due(step, config.eval.every_steps, config) else None
@@ -139,7 +141,17 @@ def _collected_at_fixed_steps() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _record(run: Run, result: StepResult, counters: Counters, lr: float) -> StepRecord:
+def _cp_imbalance(layout: Layout, microbatches: Sequence[Batch]) -> float:
+    """Count how unevenly the documents of a step share attention's work out among the ranks of cp."""
+    degree, first = layout.degree("cp"), microbatches[0]
+    if degree == 1 or first.documents is None:
+        return 1.0
+    counts = [work(batch.documents.shape[1], degree, batch.documents.cpu()) for batch in microbatches if
+              batch.documents is not None]  # fmt: skip
+    return imbalance([sum(of_rank) for of_rank in zip(*counts, strict=True)])
+
+
+def _record(run: Run, result: StepResult, counters: Counters, lr: float, cp_imbalance: float) -> StepRecord:
     """Read the device, once, and write the record of a logged step; a sick run ends here."""
     assert run.metrics is not None, "metrics start before the first step"
     loss_sum = run.layout.sum_over_losses(result.loss_sum.double().clone())
@@ -149,8 +161,8 @@ def _record(run: Run, result: StepResult, counters: Counters, lr: float) -> Step
          counters.empty.double()]
     )  # fmt: skip
     loss, grad_norm, num_tokens, non_finite, empty = sums.tolist()
-    costs = run.metrics.rank_costs(run.step)
-    worst = RankCosts(*run.layout.max_over_ranks([costs.data_wait_s, costs.memory_gib, costs.gemm_share]))
+    costs = run.metrics.rank_costs(run.step, cp_imbalance)
+    worst = RankCosts(*run.layout.max_over_ranks(list(astuple(costs))))
     if worst.gemm_share > 1:
         _measure_gemm_again(run)
     record = run.metrics.record(run.step, loss, grad_norm, lr, int(num_tokens), worst)

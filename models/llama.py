@@ -23,8 +23,15 @@ from models.attention import Attend, Backend, attention, attention_to_cache
 from models.rope import apply_rope, rope_table
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dim; the quotient in at least fp32."""
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    precise = precise * torch.rsqrt(precise.square().mean(dim=-1, keepdim=True) + eps)
+    return precise.to(x.dtype) * weight
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in at least fp32."""
+    """The norm of each position, with a weight for each of its numbers."""
 
     def __init__(self, dim: int, eps: float) -> None:
         """Start with a weight of ones."""
@@ -34,9 +41,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         """Normalise the last dim."""
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        precise = precise * torch.rsqrt(precise.square().mean(dim=-1, keepdim=True) + self.eps)
-        return precise.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class _LookUp(torch.autograd.Function):

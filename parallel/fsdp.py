@@ -66,13 +66,10 @@ def fsdp_roots(model: nn.Module) -> list[FSDPModule]:
     """List the outermost FSDP modules: the model itself, or each stage in a container of stages."""
     if isinstance(model, FSDPModule):
         return [model]
-    # By their own registration, and not by the container's: it may name a stage's blocks beside the stage.
-    groups = {module: None for module in model.modules() if isinstance(module, FSDPModule)}
-    for module in list(groups):
-        for inner in cast(nn.Module, module).modules():
-            if inner is not module:
-                groups.pop(inner, None)  # pyright: ignore[reportArgumentType]
-    return list(groups)
+    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    # The container may list a stage's blocks before the stage itself.
+    nested = {inner for group in groups for inner in group.modules() if inner is not group}
+    return [group for group in groups if group not in nested]
 
 
 def free_gathered(model: nn.Module) -> None:

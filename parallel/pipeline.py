@@ -31,10 +31,10 @@ from models.llama import Llama
 class HeadCopy(nn.Module):
     """The last stage's own copy of a tied embedding: what the head multiplies with, under the embedding's name."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
-        """Hold the weight; the stage's lm_head holds the same one."""
+    def __init__(self, weight: Tensor) -> None:
+        """Hold the weight, a parameter; the stage's lm_head holds the same one."""
         super().__init__()
-        self.weight = weight
+        self.weight = cast(nn.Parameter, weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Pass the hidden states on: tokens were looked up by the first stage."""

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from configs.schema import ModelConfig
-from models.llama import Attention, Embedding, FeedForward, LayerCache, Llama, RMSNorm
+from models.llama import Attention, Embedding, FeedForward, LayerCache, Llama, RMSNorm, rms_norm
 
 
 class Ranks(NamedTuple):
@@ -213,9 +213,7 @@ class SequenceNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, seq/tp, dim) to the same."""
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        precise = precise * torch.rsqrt(precise.square().mean(dim=-1, keepdim=True) + self.eps)
-        return precise.to(x.dtype) * _local(self.weight)
+        return rms_norm(x, _local(self.weight), self.eps)
 
 
 class FinalNorm(SequenceNorm):

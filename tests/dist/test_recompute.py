@@ -14,7 +14,10 @@ from configs.schema import RecomputeConfig
 from models.attention import Backend
 from models.llama import Llama
 from models.rope import rope_table
+from parallel.fsdp import fsdp_roots, shard
+from parallel.mesh import build_layout
 from parallel.recompute import recompute
+from tests.ranks import ranks
 from tests.training import Trained, layout_config, train_on
 
 BATCH, SEQ, DIM, KV_WIDTH, FFN, HEADS, LAYERS = 2, 256, 64, 32, 192, 4, 4
@@ -160,3 +163,16 @@ def test_recompute_trains_the_same_bits(n: int, mode: str, every_blocks: int) ->
 def test_prefetch_and_offload_train_the_same_bits(parallel: dict[str, Any]) -> None:
     plain = {"accumulate": parallel["accumulate"]} if "accumulate" in parallel else {}
     assert_same_bits(trained(2, "selective", **parallel), trained(2, "none", **plain))
+
+
+@ranks(1)
+def test_the_roots_of_a_container_of_stages_are_the_stages() -> None:
+    config = resolve(layout_config(1), 1)
+    layout = build_layout(config.parallel, torch.device("cpu"))
+    stages = [Llama(config.model) for _ in range(2)]
+    for stage in stages:
+        shard(stage, list(stage.layers.values()), layout.shards, config.parallel, config.precision)
+    assert fsdp_roots(stages[0]) == [stages[0]]
+    # As a pipeline's container does: blocks by their own names first, then the stages that they are parts of.
+    blocks = [block for stage in stages for block in stage.layers.values()]
+    assert fsdp_roots(torch.nn.ModuleList([*blocks, *stages])) == stages

@@ -36,6 +36,7 @@ RECORD = StepRecord(
     wall_s=25.91,
     memory_gib=2.104,
     memory_kind="rss",
+    cp_imbalance=1.0,
     peak_tflops=1.712,
     peak_kind="measured",
     gemm_tflops=1.712,
