@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from configs.errors import problem
-from configs.layout import V_SCHEDULES
+from configs.layout import V_SCHEDULES, ZERO_BUBBLE_SCHEDULES
 from configs.schema import Config
 
 
@@ -44,6 +44,18 @@ REFUSALS: tuple[Refusal, ...] = (
         why="one rank would hold the weight twice under one name, on its first and its last stage",
         do="Use Interleaved1F1B or InterleavedZeroBubble.",
         example="--model.tie_embeddings true --model.num_layers 4 --parallel.pp 2 --parallel.schedule ZBVZeroBubble",
+    ),
+    Refusal(
+        what="recompute.mode selective under a zero-bubble schedule without compile.blocks",
+        when=lambda config: (
+            config.recompute.mode == "selective"
+            and not config.compile.blocks
+            and config.parallel.pp > 1
+            and (bool(config.parallel.schedule_csv) or config.parallel.schedule in ZERO_BUBBLE_SCHEDULES)
+        ),
+        why="the two halves of a backward pass would each ask for what is kept, and it is given once",
+        do="Set compile.blocks = true, or recompute.mode full.",
+        example="--recompute.mode selective --model.num_layers 4 --parallel.pp 2 --parallel.schedule DualPipeV",
     ),
     Refusal(
         what="model.attention varlen or flash with data.document_mask and compile.blocks",

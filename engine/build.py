@@ -110,6 +110,7 @@ def build_run(
     check_compiler(config.compile, device)
     check_float8(config, config.precision.float8, device)
     attention_backend(config, device)
+    _check_offload(config, device)
     check_memory(config, device, ranks_on_node)
     layout = build_layout(config.parallel, device)
     say = progress.say if progress is not None else _silent
@@ -151,6 +152,13 @@ def build_run(
     # On all ranks at once: ranks that share a machine share its rate.
     run.gemm_tflops = measured_gemm_tflops(device, DTYPES[config.precision.compute])
     return run
+
+
+def _check_offload(config: Config, device: torch.device) -> None:
+    """Refuse to move to the host what is there already."""
+    if config.parallel.cpu_offload and device.type == "cpu":
+        do = "Remove it, or run on GPUs."
+        raise ConfigError(problem("parallel.cpu_offload", True, "has no effect on CPUs", "", do))
 
 
 def build_passes(config: Config, layout: Layout, model: nn.Module) -> tuple[Forward, ForwardBackward]:

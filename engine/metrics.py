@@ -261,9 +261,10 @@ class Metrics:
                 sink.sync()
             yield
 
-    def rank_costs(self, step: int) -> RankCosts:
+    def rank_costs(self, step: int, cp_imbalance: float = 1.0) -> RankCosts:
         """Return this rank's own costs at a logged step, for the loop to take the largest over ranks."""
-        return RankCosts(self._throughput.data_wait_per_step(step), peak_memory_gib(self._device)[0], self._gemm_share)
+        data_wait_s = self._throughput.data_wait_per_step(step)
+        return RankCosts(data_wait_s, peak_memory_gib(self._device)[0], self._gemm_share, cp_imbalance)
 
     def raise_gemm_rate(self, tflops: float) -> None:
         """Take a newly measured GEMM rate where it is above the known one, which something else had slowed then."""

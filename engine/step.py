@@ -55,7 +55,8 @@ def train_step(
     grad_norm = clip_grad_norm(model, max_grad_norm, layout)
     skipped = (~torch.isfinite(grad_norm) | (num_tokens == 0)).to(torch.float32)
     set_lr(optimizer, lr)
-    optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue] - read by torch's fused optimizers
+    # Read by the optimizer where its gradients lie, which under CPU offload is the host.
+    optimizer.found_inf = skipped.to(grad_norm.device)  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()
     optimizer.zero_grad()
     return StepResult(loss_sum, num_tokens, grad_norm, skipped)

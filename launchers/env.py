@@ -6,15 +6,18 @@ SLURM_PROCID too, and are one process each. An environment that is half set is r
 All functions take the environment as an argument and change nothing; `environment_of` says what to add to it.
 """
 
+import getpass
 import os
 import re
 import sys
+import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from configs.errors import LayoutError, problem
+from configs.errors import LayoutError, RunError, problem
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
@@ -82,6 +85,23 @@ def environment_of(launch: Launch, environment: Mapping[str, str]) -> dict[str, 
         # Otherwise gloo resolves the host's own name, which on laptops and in containers often leads nowhere.
         variables["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     return variables
+
+
+def compile_cache(launch: Launch, environment: Mapping[str, str]) -> str:
+    """Make this rank's own folder of compiled kernels and give its path, below the user's choice or the default.
+
+    Ranks of several hosts may share a disk, and the compiler names its temporary files by process number only. The
+    folder holds pickles and code, so it is closed to others.
+    """
+    given = environment.get("TORCHINDUCTOR_CACHE_DIR")
+    default = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+    folder = (Path(given) if given else default) / f"rank-{launch.rank}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        do = "Set TORCHINDUCTOR_CACHE_DIR to a folder that can be written."
+        raise RunError(problem(str(folder), "", f"can't be made: {error.strerror}", "kernels go there", do)) from None
+    return str(folder)
 
 
 def threads_per_rank(configured: int, local_world_size: int, cores: int) -> int:

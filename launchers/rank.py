@@ -24,7 +24,7 @@ from engine.folder import RunFolder
 from engine.progress import ProgressDisplay
 from engine.train import train
 from launchers.allocator import keep_freed_memory
-from launchers.env import Launch, environment_of, threads_per_rank, usable_cores
+from launchers.env import Launch, compile_cache, environment_of, threads_per_rank, usable_cores
 
 # What gloo, NCCL and the rendezvous say when a peer is gone.
 _LOST_PEER = re.compile(
@@ -45,6 +45,8 @@ def run_rank(config: Config, given: str, launch: Launch) -> None:
         _as_run_errors(launch),
         ProgressDisplay(console, config.run.steps) if console else nullcontext() as progress,
     ):
+        if config.compile.blocks or config.compile.loss:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = compile_cache(launch, os.environ)
         _start_process_group(config, device, launch)
         run = build_run(config, given, device, launch.local_world_size, progress)
         try:

@@ -48,26 +48,39 @@ def _scores(q: Tensor, k: Tensor, first_query: int, first_key: int, documents: T
     return torch.where(allowed, product, -math.inf)
 
 
+def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention and the log-sum-exp of each query's scores."""
+    rows, _, q_len, _ = q.shape
+    before = k.shape[1] - q_len  # keys before the first query
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
+    for start in range(0, q_len, BLOCK):
+        stop = min(start + BLOCK, q_len)
+        queries, keys = q[:, :, start:stop], before + stop
+        scores = _scores(queries, k[:, :keys], before + start, 0, documents)
+        highest = scores.amax(dim=-1, keepdim=True)
+        weights = torch.exp(scores - highest)
+        total = weights.sum(dim=-1, keepdim=True)
+        mixed = (weights.to(q.dtype).reshape(rows, -1, keys) @ v[:, :keys]).view(queries.shape)
+        outs.append((mixed / total).to(q.dtype))
+        lses.append(highest + total.log())
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+@torch.library.custom_op("ropewalk::blocked_attention", mutates_args=())
+def _as_one_operator(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same under one name, by which selective recompute can keep what it returns."""
+    return _forward(q, k, v, documents)
+
+
 class _Blocked(torch.autograd.Function):
     """(rows, groups, q_len, head_dim) queries, the last of the sequence, on (rows, k_len, head_dim) keys and values."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
-        rows, _, q_len, _ = q.shape
-        before = k.shape[1] - q_len  # keys before the first query
-        outs: list[Tensor] = []
-        lses: list[Tensor] = []
-        for start in range(0, q_len, BLOCK):
-            stop = min(start + BLOCK, q_len)
-            queries, keys = q[:, :, start:stop], before + stop
-            scores = _scores(queries, k[:, :keys], before + start, 0, documents)
-            highest = scores.amax(dim=-1, keepdim=True)
-            weights = torch.exp(scores - highest)
-            total = weights.sum(dim=-1, keepdim=True)
-            mixed = (weights.to(q.dtype).reshape(rows, -1, keys) @ v[:, :keys]).view(queries.shape)
-            outs.append((mixed / total).to(q.dtype))
-            lses.append(highest + total.log())
-        out, lse = torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+        # The compiler is to see what is inside, and fuse it.
+        forward = _forward if torch.compiler.is_compiling() else _as_one_operator
+        out, lse = forward(q, k, v, documents)
         ctx.save_for_backward(q, k, v, out, lse, documents)
         return out
 

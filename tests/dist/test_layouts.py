@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -30,12 +31,12 @@ def ranks_of(parallel: dict[str, Any]) -> int:
     return n
 
 
-def named(layouts: list[dict[str, Any]]) -> list[Any]:
+def named(layouts: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [pytest.param(one, id=" ".join(f"{axis}{degree}" for axis, degree in one.items())) for one in layouts]
 
 
-ALONE = [{axis: degree} for axis in AXES for degree in (2, 4)]
-PAIRS = [dict.fromkeys(pair, 2) for pair in itertools.combinations(AXES, 2)]
+ALONE: list[dict[str, Any]] = [{axis: degree} for axis in AXES for degree in (2, 4)]
+PAIRS: list[dict[str, Any]] = [dict.fromkeys(pair, 2) for pair in itertools.combinations(AXES, 2)]
 TRIPLES = [
     {"dp_shard": 2, "tp": 2, "pp": 2},
     {"dp_shard": 2, "cp": 2, "tp": 2},

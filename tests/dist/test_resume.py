@@ -67,7 +67,7 @@ def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     return whole
 
 
-def places_of(batch: Batch) -> list[dict[int, tuple[int, int]]]:
+def places_of(batch: Batch) -> list[dict[int, list[int]]]:
     """Token and target at each position that this rank has, for each sequence."""
     seq = range(batch.tokens.shape[1])
     positions = [list(seq)] * len(batch.tokens) if batch.positions is None else batch.positions.tolist()

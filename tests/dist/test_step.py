@@ -63,7 +63,7 @@ def train_here(
     layout = build_layout(config.parallel, torch.device("cpu"))
     model = build_model(config, layout, starting_weights(config))
     optimizer = build_optimizer(model, config.optim)
-    forward_backward = direct(model, next_token(config.objective, chunk_loss), config.parallel.accumulate)
+    _, forward_backward = direct(model, next_token(config.objective, chunk_loss), config.parallel.accumulate)
     found: dict[str, Any] = {"losses": [], "norms": [], "skipped": []}
 
     def spy(microbatches: Any, num_tokens: Any) -> torch.Tensor:
