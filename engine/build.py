@@ -108,7 +108,7 @@ def build_run(
 ) -> Run:
     """Build a run from a resolved config and the text it was `given` as; torch.distributed is initialised."""
     check_compiler(config.compile, device)
-    check_float8(config, config.precision.float8, device)
+    check_float8(config, device)
     attention_backend(config, device)
     _check_offload(config, device)
     check_memory(config, device, ranks_on_node)

@@ -235,5 +235,5 @@ def _shorten_timeouts(run: Run) -> None:
     The checkpoint's own group keeps its patience: a slow disk is no silent rank.
     """
     limit = timedelta(seconds=run.config.fault.step_timeout_s)
-    for group in [dist.group.WORLD, *run.layout.mesh.get_all_groups()]:
+    for group in run.layout.groups:
         dist.distributed_c10d._set_pg_timeout(limit, group)  # pyright: ignore

@@ -19,11 +19,11 @@ _CAPABILITY = (8, 9)
 _MULTIPLE = 16
 
 
-def check_float8(config: Config, kind: str, device: torch.device) -> None:
+def check_float8(config: Config, device: torch.device) -> None:
     """Refuse float8 where the device or a package lacks it, or sizes that its kernels don't take."""
-    if kind == "none":
+    if config.precision.float8 == "none":
         return
-    problems = list(_problems(config, kind, device))
+    problems = list(_problems(config, config.precision.float8, device))
     if problems:
         raise ConfigError(problems)
 
@@ -51,7 +51,7 @@ def _problems(config: Config, kind: str, device: torch.device) -> Iterator[str]:
         expected = f"needs a GPU of compute capability {_CAPABILITY[0]}.{_CAPABILITY[1]} or more, this is {name}"
         yield problem("precision.float8", kind, expected, do="Use 'none'.")
     if importlib.util.find_spec("torchao") is None:
-        do = "Run pip install 'ropewalk[float8]', or use 'none'."
+        do = "Install it with pip install -e '.[float8]', or use 'none'."
         yield problem("precision.float8", kind, "the package torchao is not installed", do=do)
     if config.precision.compute != "bf16":
         do = "Use bf16, or precision.float8 = 'none'."
@@ -63,13 +63,11 @@ def _problems(config: Config, kind: str, device: torch.device) -> Iterator[str]:
 
 
 def _sizes(config: Config) -> Iterator[tuple[str, int]]:
-    """Give the widths and the tokens of the products that a rank computes; the config is resolved."""
-    model, data, parallel = config.model, config.data, config.parallel
-    part = " / parallel.tp" if parallel.tp > 1 else ""
+    """Give the widths and the tokens of the products that a rank computes; the config is resolved and has no tp."""
+    model, data, cp = config.model, config.data, config.parallel.cp
     yield "model.dim", model.dim
-    yield f"model.ffn_dim{part}", model.ffn_dim // parallel.tp
-    yield f"model.num_heads * head_dim{part}", model.num_heads * model.head_dim // parallel.tp
-    kv_heads = max(model.num_kv_heads // parallel.tp, 1)
-    yield f"model.num_kv_heads * head_dim{part}", kv_heads * model.head_dim
-    tokens = data.micro_batch_size * data.seq_len // parallel.cp
-    yield "data.micro_batch_size * seq_len" + (" / parallel.cp" if parallel.cp > 1 else ""), tokens
+    yield "model.ffn_dim", model.ffn_dim
+    yield "model.num_heads * head_dim", model.num_heads * model.head_dim
+    yield "model.num_kv_heads * head_dim", model.num_kv_heads * model.head_dim
+    tokens = data.micro_batch_size * data.seq_len // cp
+    yield "data.micro_batch_size * seq_len" + (" / parallel.cp" if cp > 1 else ""), tokens

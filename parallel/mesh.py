@@ -74,6 +74,13 @@ class Layout:
         """Ranks that see different sequences."""
         return self.degree("dp_replicate") * self.degree("dp_shard")
 
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Every process group that the run communicates in."""
+        meshes = (self.mesh, self.shards, self.tp, self.tokens, self.losses)
+        found = [group for mesh in meshes for group in mesh.get_all_groups()]
+        return [dist.group.WORLD, *dict.fromkeys(found)] if dist.group.WORLD is not None else found
+
     def sum_over_tokens(self, value: torch.Tensor) -> torch.Tensor:
         """Sum, in place, what is counted of each rank's own tokens; the ranks of a pipeline or of tp count the same."""
         dist.all_reduce(value, group=self.tokens.get_group())

@@ -5,6 +5,7 @@ tensor. Batches are synthetic: no power of two anywhere that a degree doesn't as
 numbers of targets, some with none, so that a mean of means would show.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,10 +47,10 @@ def layout_config(steps: int, **sections: dict[str, Any]) -> Config:
     return config_from_dict(tree, "test")
 
 
-def global_batch(step: int, documents: bool) -> Batch:
+def global_batch(step: int, documents: bool, vocab_size: int = VOCAB) -> Batch:
     """The batch of a step: targets missing at the ends; documents are three to a sequence, each from position 0."""
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(VOCAB, (BATCH, SEQ + 1), generator=generator)
+    tokens = torch.randint(vocab_size, (BATCH, SEQ + 1), generator=generator)
     targets = tokens[:, 1:].clone()
     for row in range(BATCH):
         targets[row, (row * 5 + step) % SEQ :] = IGNORE
@@ -69,6 +70,7 @@ class Trained:
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    skipped: list[float] = field(default_factory=list)
     heldout: float = 0.0
     """Loss sum of a batch without gradients, before the first step."""
     grads: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -95,7 +97,9 @@ def my_microbatches(batch: Batch, layout: Layout, size: int) -> list[Batch]:
     ]  # fmt: skip
 
 
-def train_here(config: Config, documents: bool) -> Trained | None:
+def train_here(
+    config: Config, documents: bool, *, same_batch: bool = False, all_ignored_at: int = -1
+) -> Trained | None:
     """Train on the ranks there are; what this rank's stages hold, or None where another rank says the same."""
     config = resolve(config, dist.get_world_size())
     layout = build_layout(config.parallel, torch.device("cpu"))
@@ -112,16 +116,22 @@ def train_here(config: Config, documents: bool) -> Trained | None:
 
     size = config.data.micro_batch_size
     with torch.no_grad():
-        sums = [forward(batch) for batch in my_microbatches(global_batch(99, documents), layout, size)]
+        sums = [
+            forward(batch)
+            for batch in my_microbatches(global_batch(99, documents, config.model.vocab_size), layout, size)
+        ]
     found.heldout = layout.sum_over_losses(torch.stack(sums).sum().double()).item()
     for step in range(config.run.steps):
-        batches = my_microbatches(global_batch(step, documents), layout, size)
+        batch = global_batch(0 if same_batch else step, documents, config.model.vocab_size)
+        if step == all_ignored_at:
+            batch.targets.fill_(IGNORE)
+        batches = my_microbatches(batch, layout, size)
         lr = lr_at(step, config.lr, config.optim.lr, config.run.steps)
         result = train_step(model, optimizer, spy, batches, lr, config.optim.max_grad_norm, layout)
         loss = layout.sum_over_losses(result.loss_sum.double().clone()) / result.num_tokens
         found.losses.append(loss.item())
         found.norms.append(result.grad_norm.item())
-        assert result.skipped == 0, "a step was skipped"
+        found.skipped.append(result.skipped.item())
     found.weights = {name: whole(p) for name, p in model.named_parameters()}
     speaks = all(layout.index(axis) == 0 for axis in ("dp_replicate", "dp_shard", "cp", "tp"))
     return found if speaks else None
@@ -132,12 +142,17 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def train_on(n: int, config: Config, documents: bool = False) -> Trained:
-    """Train on n ranks and put the stages of a pipeline together; all ranks must agree on losses and norms."""
-    stages = [found for found in run_ranks(n, train_here, config, documents, timeout_s=120) if found is not None]
+def train_on(n: int, config: Config, documents: bool = False, **batches: Any) -> Trained:
+    """Train on n ranks and put the stages of a pipeline together; all ranks must agree on losses and norms.
+
+    `batches`: same_batch trains every step on the first one's, all_ignored_at takes a step's targets away.
+    """
+    here = functools.partial(train_here, config, documents, **batches)
+    stages = [found for found in run_ranks(n, here, timeout_s=120) if found is not None]
     first = stages[0]
     for other in stages[1:]:
         assert (other.losses, other.norms, other.heldout) == (first.losses, first.norms, first.heldout)
+        assert other.skipped == first.skipped
         for mine, theirs in ((first.grads, other.grads), (first.weights, other.weights)):
             for name in mine.keys() & theirs.keys():  # a tied weight lives on two stages
                 assert torch.equal(mine[name], theirs[name]), f"{name} differs between stages"
@@ -150,12 +165,19 @@ def assert_same(found: Trained, truth: Trained, bound: float) -> None:
     for name in ("losses", "norms"):
         for mine, theirs in zip(getattr(found, name), getattr(truth, name), strict=True):
             assert abs(mine - theirs) <= bound * abs(theirs), f"{name}: {getattr(found, name)}, {getattr(truth, name)}"
+    assert found.skipped == truth.skipped
     assert abs(found.heldout - truth.heldout) <= bound * abs(truth.heldout), "held-out loss"
     for part in ("grads", "weights"):
-        mine, theirs = getattr(found, part), getattr(truth, part)
-        assert mine.keys() == theirs.keys(), f"{part}: {sorted(mine.keys() ^ theirs.keys())}"
-        for name, tensor in theirs.items():
-            if tensor.norm() < 1e-14:
-                continue  # mathematically zero: softmax doesn't see a shift of all scores
-            error = ((mine[name] - tensor).norm() / tensor.norm()).item()
-            assert error < bound, f"{part} {name}: relative error {error:.2e}"
+        assert_same_tensors(part, getattr(found, part), getattr(truth, part), bound)
+
+
+def assert_same_tensors(
+    what: str, found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], bound: float
+) -> None:
+    """Hold tensors by name against the truth, relative in norm."""
+    assert found.keys() == truth.keys(), f"{what}: {sorted(found.keys() ^ truth.keys())}"
+    for name, tensor in truth.items():
+        if tensor.norm() < 1e-14:
+            continue  # mathematically zero: softmax doesn't see a shift of all scores
+        error = ((found[name] - tensor).norm() / tensor.norm()).item()
+        assert error < bound, f"{what} {name}: relative error {error:.2e}"
