@@ -113,6 +113,9 @@ def build_layout(parallel: ParallelConfig, device: torch.device) -> Layout:
     # FSDP and tensor parallelism need axes of one mesh, and FSDP sees dp_shard and cp as one axis.
     shape = (parallel.pp, parallel.dp_replicate, parallel.dp_shard * parallel.cp, parallel.tp)
     root = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
+    if parallel.tp > 1:
+        # Nobody holds it: DTensor looks it up, to sum a norm over both axes at once.
+        root["fsdp", "tp"]._flatten("fsdp_tp")
     return Layout(
         root._unflatten("fsdp", (parallel.dp_shard, parallel.cp), ("dp_shard", "cp")),
         device,

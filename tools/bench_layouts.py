@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,17 @@ class Side:
     name: str
     ranks: int
     pipes: list[Connection]
+    processes: list[BaseProcess]
     seconds: list[float] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+
+    def stop(self) -> None:
+        """End the ranks."""
+        for pipe in self.pipes:
+            pipe.send(0)
+        for process in self.processes:
+            process.join()
 
     def train(self, steps: int, threads: int) -> float:
         """Train some steps on all ranks; return the median seconds."""
@@ -132,15 +141,17 @@ class Side:
 def start(name: str, config: Config, ranks: int, device: str, folder: str) -> Side:
     """Start the ranks of a layout; they wait for their first command."""
     context = multiprocessing.get_context("spawn")
-    pipes = []
+    pipes: list[Connection] = []
+    processes: list[BaseProcess] = []
     for rank in range(ranks):
         near, far = context.Pipe()
         arguments = (config, device, rank, ranks, f"{folder}/{name}", far)
         with huge_pages_for_children():
-            context.Process(target=_work, args=arguments, daemon=True).start()
+            processes.append(context.Process(target=_work, args=arguments, daemon=True))
+            processes[-1].start()
         far.close()
         pipes.append(near)
-    return Side(name, ranks, pipes)
+    return Side(name, ranks, pipes, processes)
 
 
 def compare(one: Side, other: Side, threads: int, rounds: int, steps: int) -> dict[str, Any]:
@@ -199,9 +210,9 @@ def main(argv: Sequence[str]) -> int:
             for name, (config, ranks) in configs.items():
                 side = start(name, config, ranks, device, folder)
                 figures[name] = compare(one, side, threads, arguments.rounds, arguments.steps)
-                for pipe in side.pipes:
-                    pipe.send(0)
+                side.stop()
                 _print(name, side, config, figures[name])
+            one.stop()
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
