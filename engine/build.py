@@ -110,7 +110,7 @@ def build_run(
     check_compiler(config.compile, device)
     check_float8(config, device)
     attention_backend(config, device)
-    _check_offload(config, device)
+    _check_device(config, device)
     check_memory(config, device, ranks_on_node)
     layout = build_layout(config.parallel, device)
     say = progress.say if progress is not None else _silent
@@ -154,11 +154,12 @@ def build_run(
     return run
 
 
-def _check_offload(config: Config, device: torch.device) -> None:
-    """Refuse to move to the host what is there already."""
-    if config.parallel.cpu_offload and device.type == "cpu":
+def _check_device(config: Config, device: torch.device) -> None:
+    """Refuse what only GPUs have a use for."""
+    asked = [f"parallel.{name}" for name in ("cpu_offload", "async_tp") if getattr(config.parallel, name)]
+    if asked and device.type == "cpu":
         do = "Remove it, or run on GPUs."
-        raise ConfigError(problem("parallel.cpu_offload", True, "has no effect on CPUs", "", do))
+        raise ConfigError([problem(name, True, "has no effect on CPUs", "", do) for name in asked])
 
 
 def build_passes(config: Config, layout: Layout, model: nn.Module) -> tuple[Forward, ForwardBackward]:

@@ -148,7 +148,11 @@ def train_on(n: int, config: Config, documents: bool = False, **batches: Any) ->
     `batches`: same_batch trains every step on the first one's, all_ignored_at takes a step's targets away.
     """
     here = functools.partial(train_here, config, documents, **batches)
-    stages = [found for found in run_ranks(n, here, timeout_s=120) if found is not None]
+    return put_together([found for found in run_ranks(n, here, timeout_s=120) if found is not None])
+
+
+def put_together(stages: Sequence[Trained]) -> Trained:
+    """Make one training of what a pipeline's stages hold; they must agree on losses and norms."""
     first = stages[0]
     for other in stages[1:]:
         assert (other.losses, other.norms, other.heldout) == (first.losses, first.norms, first.heldout)

@@ -157,6 +157,36 @@ def test_cuda_without_a_gpu(made: Path) -> None:
     assert_said_once(output, "run.device = 'cuda': torch finds no CUDA device here. Use cpu or auto.")
 
 
+FOR_GPUS = {
+    "--parallel.cpu_offload true": "parallel.cpu_offload = True: has no effect on CPUs. Remove it, or run on GPUs.",
+    "--model.attention flex": "model.attention = 'flex': does not run on cpu here (torch has no backward pass of "
+    "FlexAttention on CPUs). Use 'auto', 'sdpa' or 'blocked'.",
+    "--model.attention varlen": "model.attention = 'varlen': does not run on cpu here (its kernels are for GPUs). Use "
+    "'auto', 'sdpa' or 'blocked'.",
+    "--precision.float8 rowwise": "precision.float8 = 'rowwise': needs a GPU of compute capability 8.9 or more, this "
+    "is a CPU. Use 'none'.",
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("option", FOR_GPUS)
+def test_what_only_gpus_have(made: Path, option: str) -> None:
+    code, output = run_to_end(made, 1, *option.split())
+    assert code == 2
+    assert FOR_GPUS[option] in output
+    assert "Traceback" not in output
+    assert not (made / "runs").exists()
+
+
+def test_degrees_that_do_not_fit(made: Path) -> None:
+    code, printed, complained = command(made, "launchers/train.py", "tiny.toml", "--parallel.tp", "3")
+    assert (code, printed) == (2, "")
+    assert complained.startswith("error: parallel.tp = 3: must divide the 1 rank")
+    code, output = run_to_end(made, 2, "--parallel.pp", "2", "--parallel.schedule_csv", "none.csv")
+    assert code == 2
+    assert_said_once(output, "parallel.schedule_csv = 'none.csv': no such file.")
+
+
 # ---- the corpus and the tokenizer
 
 

@@ -1,12 +1,14 @@
 """Who a process is, from the variables that torchrun and SLURM really set."""
 
 import os
+from pathlib import Path
 
 import pytest
 from submitit.slurm.slurm import _parse_node_list
 
-from configs.errors import LayoutError
+from configs.errors import LayoutError, RunError
 from launchers.env import (
+    compile_cache,
     environment_of,
     first_host,
     port_of,
@@ -142,3 +144,19 @@ def test_usable_cores_follow_the_affinity_of_the_process() -> None:
         assert usable_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_each_rank_compiles_into_a_folder_of_its_own(tmp_path: Path) -> None:
+    given = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    launch = read_launch({**TORCHRUN, "RANK": "1"})
+    folder = Path(compile_cache(launch, given))
+    assert folder == tmp_path / "cache" / "rank-1"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert Path(compile_cache(launch, given)) == folder  # once more, as after a restart
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError) as caught:
+        compile_cache(launch, {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file")})
+    assert str(caught.value) == (
+        f"{tmp_path / 'file' / 'rank-1'}: can't be made: Not a directory (kernels go there). Set "
+        "TORCHINDUCTOR_CACHE_DIR to a folder that can be written."
+    )
