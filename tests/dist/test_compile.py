@@ -60,13 +60,10 @@ def train_and_count(config: Config) -> tuple[Trained | None, int]:
     ("mode", "parallel"),
     [
         ("none", {"dp_shard": 2}),
-        ("full", {"dp_shard": 2}),
         ("selective", {"dp_shard": 2}),
         ("selective", {"tp": 2}),
         ("full", {"cp": 2}),
-        ("full", {"pp": 2, "schedule": "1F1B"}),
         ("selective", {"pp": 2, "schedule": "InterleavedZeroBubble"}),
-        ("selective", {"pp": 2, "schedule": "ZBVZeroBubble"}),
         ("selective", {"pp": 2, "schedule": "DualPipeV"}),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(f"{k}={v}" for k, v in value.items()),

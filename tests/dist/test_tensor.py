@@ -40,10 +40,8 @@ def one_process(kv_heads: int, tied: bool, documents: bool) -> Trained:
     [
         (2, {"tp": 2}, 1, True, True),
         (4, {"tp": 4}, 4, False, False),
-        (4, {"tp": 4}, 2, False, True),
         (4, {"tp": 4}, 1, True, True),
         (4, {"tp": 2, "dp_shard": 2}, 1, True, True),
-        (4, {"tp": 2, "dp_replicate": 2}, 1, True, True),
         (4, {"tp": 2, "dp_shard": 2, "accumulate": "unsharded"}, 2, False, True),
     ],
 )

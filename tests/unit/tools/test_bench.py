@@ -35,3 +35,29 @@ def test_a_wrong_config_is_one_message() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == "error: --model.dims: unknown option; did you mean --model.dim?\n"
+
+
+def test_layouts_do_the_same_work_as_one_process(tmp_path: Path) -> None:
+    command = [sys.executable, "tools/bench.py", "layouts", "configs/bench.toml", *TINY]
+    command += ["--layouts", "dp_shard=2", "cp=2,schedule=1F1B,pp=1", "pp=2", "--rounds", "1", "--steps", "2"]
+    file = tmp_path / "layouts.json"
+    done = subprocess.run([*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())
+    assert list(figures) == ["dp_shard=2", "cp=2,schedule=1F1B,pp=1", "pp=2"]
+    first = figures["dp_shard=2"]["losses"]
+    for found in figures.values():
+        assert found["ranks"] == 2
+        assert found["ratio"] == found["one_process_step_s"] / found["step_s"]
+        assert 0 <= found["own_share"] < 1
+        assert len(found["losses"]) == 2 + 2
+        for mine, theirs in zip(found["losses"], first, strict=True):
+            assert abs(mine - theirs) < 1e-5 * theirs
+    assert len(done.stdout.splitlines()) == 1 + 3
+
+
+def test_a_layout_that_does_not_fit_is_one_message() -> None:
+    command = [sys.executable, "tools/bench.py", "layouts", "configs/bench.toml", *TINY, "--layouts", "tp=2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: parallel.tp = 2: must divide model.vocab_size = 97")
