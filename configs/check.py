@@ -14,7 +14,7 @@ from typing import Any
 
 from configs.errors import ConfigError, problem
 from configs.fields import as_list, as_table, choices, default_of, divisors, listed, plain
-from configs.layout import LAYOUT_RULES, head_dim
+from configs.layout import head_dim, layout_problems
 from configs.load import toml_value
 from configs.ranges import out_of_range
 from configs.refusals import refused
@@ -35,7 +35,7 @@ def resolve(config: Config, world_size: int) -> Config:
     """
     assert world_size >= 1, f"world_size = {world_size}: a run has at least one rank"
     problems = check(config)
-    problems += [text for rule in LAYOUT_RULES for text in rule(config, world_size)]
+    problems += layout_problems(config, world_size)
     problems += refused(config) if not problems else []
     if problems:
         raise ConfigError(problems)

@@ -4,8 +4,8 @@ Each rule gets the config and the number of ranks and yields its problems, each 
 can't be judged because another number is wrong keeps silent. Combinations that no number mends are in refusals.py.
 """
 
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from math import prod
 
 from configs.errors import problem
@@ -16,6 +16,13 @@ SINGLE_STAGE_SCHEDULES = ("GPipe", "1F1B")
 V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
 ZERO_BUBBLE_SCHEDULES = ("InterleavedZeroBubble", *V_SCHEDULES)
 """Schedules that compute the gradients of weights apart from those of activations."""
+
+
+_TRIED = 64
+"""Options that are tried for an answer."""
+
+Works = Callable[[Config, int, str, Sequence[int]], Sequence[int]]
+"""(config, ranks, field, options) -> the options to name in an answer."""
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -31,7 +38,7 @@ def stages_per_rank(parallel: ParallelConfig) -> int:
     return parallel.stages_per_rank or needed
 
 
-def _degrees(config: Config, world_size: int) -> Iterator[str]:
+def _degrees(config: Config, world_size: int, works: Works) -> Iterator[str]:
     parallel = config.parallel
     degrees = {axis: getattr(parallel, axis) for axis in ("dp_replicate", "cp", "tp", "pp")}
     if min(degrees.values()) < 1 or parallel.dp_shard < -1:
@@ -43,12 +50,16 @@ def _degrees(config: Config, world_size: int) -> Iterator[str]:
         yield problem("parallel.dp_shard", 0, "must be -1 or at least 1", do=do)
     elif world_size % product and len(above) == 1:
         name, degree = next(iter(above.items()))
-        do = f"Use {choices(divisors(world_size), degree)}."
+        do = f"Use {choices(works(config, world_size, name, divisors(world_size)), degree)}."
         yield problem(name, degree, f"must divide the {ranks}", _WHY[name], do)
     elif world_size % product:
-        near = [count for count in (world_size - world_size % product, world_size) if count % product == 0 and count]
-        near.append(world_size - world_size % product + product)
-        do = f"Start {listed(near, 'or')} ranks, or lower a degree."
+        near = [count for count in (world_size - world_size % product, world_size + product - world_size % product)]
+        ways = [f"start {listed([count for count in near if count], 'or')} ranks"]
+        for name, degree in above.items():
+            fitting = [other for other in divisors(world_size) if world_size % (product // degree * other) == 0]
+            if fitting:
+                ways.append(f"use {name} {choices(works(config, world_size, name, fitting), degree)}")
+        do = f"{listed(ways, 'or').capitalize()}."
         where = f"{' * '.join(above)} = {' * '.join(str(degree) for degree in above.values())}"
         yield problem(where, product, f"must divide the {ranks}", do=do)
     elif parallel.dp_shard > 0 and product * parallel.dp_shard != world_size:
@@ -66,7 +77,7 @@ _WHY = {
 }
 
 
-def _tensor(config: Config, world_size: int) -> Iterator[str]:
+def _tensor(config: Config, world_size: int, works: Works) -> Iterator[str]:
     model, tp = config.model, config.parallel.tp
     if tp < 2 or min(model.num_heads, model.ffn_dim, model.vocab_size) < 1 or model.num_kv_heads < 0:
         return
@@ -78,20 +89,21 @@ def _tensor(config: Config, world_size: int) -> Iterator[str]:
         expected = f"must divide {listed(names, 'and')}" if names else ""
         if kv_heads % tp and tp % kv_heads:
             expected += " and " * bool(names) + f"must divide model.num_kv_heads = {kv_heads} or be a multiple of it"
-        works = [
+        divide = [
             degree
             for degree in divisors(model.num_heads)
             if not any(number % degree for number in numbers.values())
             and (kv_heads % degree == 0 or degree % kv_heads == 0)
         ]
         why = "each rank holds whole heads, and as many columns and tokens of the vocabulary as the others"
-        do = f"Use {choices(works, tp)}."
+        degrees = choices(works(config, world_size, "parallel.tp", divide), tp)
+        do = f"Use {degrees}."
         if list(undivided) == ["vocab_size"]:  # rows without a token cost little
-            do = f"Use model.vocab_size {-(-model.vocab_size // tp) * tp}, or parallel.tp {choices(works, tp)}."
+            do = f"Use model.vocab_size {-(-model.vocab_size // tp) * tp}, or parallel.tp {degrees}."
         yield problem("parallel.tp", tp, expected, why, do)
 
 
-def _sequence_parts(config: Config, world_size: int) -> Iterator[str]:
+def _sequence_parts(config: Config, world_size: int, works: Works) -> Iterator[str]:
     seq_len, cp, tp = config.data.seq_len, config.parallel.cp, config.parallel.tp
     if min(seq_len, cp, tp) < 1 or cp * tp == 1:
         return
@@ -110,7 +122,7 @@ def _sequence_parts(config: Config, world_size: int) -> Iterator[str]:
             )  # fmt: skip
 
 
-def _stages(config: Config, world_size: int) -> Iterator[str]:
+def _stages(config: Config, world_size: int, works: Works) -> Iterator[str]:
     parallel, layers = config.parallel, config.model.num_layers
     if min(parallel.pp, layers) < 1 or parallel.stages_per_rank < 0:
         return
@@ -132,8 +144,9 @@ def _stages(config: Config, world_size: int) -> Iterator[str]:
     stages = parallel.pp * per_rank
     counts = parallel.layers_per_stage
     if stages > layers:
-        works = [degree for degree in range(1, parallel.pp) if degree * per_rank <= layers]
-        do = f"Use {choices(works, parallel.pp)}." if works else "Use fewer stages_per_rank."
+        most = layers // per_rank
+        fit = works(config, world_size, "parallel.pp", range(max(1, most - _TRIED), most + 1))
+        do = f"Use {choices(fit, parallel.pp)}." if fit else "Use fewer stages_per_rank."
         where = f"parallel.pp * stages_per_rank = {parallel.pp} * {per_rank}"
         yield problem(where, "", f"must be at most model.num_layers = {layers}", "each stage has a layer at least", do)
     elif counts and (len(counts) != stages or sum(counts) != layers or min(counts) < 1):
@@ -142,7 +155,7 @@ def _stages(config: Config, world_size: int) -> Iterator[str]:
         yield problem("parallel.layers_per_stage", list(counts), expected, why)
 
 
-def _microbatches(config: Config, world_size: int) -> Iterator[str]:
+def _microbatches(config: Config, world_size: int, works: Works) -> Iterator[str]:
     """What a schedule asks of the number of microbatches."""
     parallel, data = config.parallel, config.data
     dp_size = _dp_size(config, world_size)
@@ -154,6 +167,7 @@ def _microbatches(config: Config, world_size: int) -> Iterator[str]:
         return
     count, stages = share // micro, parallel.pp * stages_per_rank(parallel)
     sizes = [size for size in divisors(share) if _runs(parallel, share // size)]
+    sizes = works(config, world_size, "data.micro_batch_size", sizes)
     if not _runs(parallel, count):
         expected = {
             True: f"must be a multiple of {count // parallel.pp}, its rounds of parallel.pp = {parallel.pp}",
@@ -177,7 +191,7 @@ def _runs(parallel: ParallelConfig, microbatches: int) -> bool:
     return True
 
 
-def _parts(config: Config, world_size: int) -> Iterator[str]:
+def _parts(config: Config, world_size: int, works: Works) -> Iterator[str]:
     model, parallel = config.model, config.parallel
     sizes = (model.dim, model.num_heads, model.ffn_dim, model.vocab_size)
     others = parallel.dp_replicate * parallel.tp * parallel.pp
@@ -193,17 +207,18 @@ def _parts(config: Config, world_size: int) -> Iterator[str]:
     name, fewest = min(rows.items(), key=lambda item: item[1])
     shard = world_size // others
     if parallel.dp_shard in (-1, shard // max(parallel.cp, 1)) and shard > fewest >= 1:
-        works = [degree for degree in divisors(world_size // (others // parallel.dp_replicate))
+        fit = [degree for degree in divisors(world_size // (others // parallel.dp_replicate))
                  if world_size // (others // parallel.dp_replicate) // degree <= fewest]  # fmt: skip
         part = f" / parallel.tp = {fewest}" if parallel.tp > 1 and name != "dim" else f" = {fewest}"
         where = "parallel.dp_shard" if parallel.cp == 1 else "parallel.dp_shard * cp"
         expected = f"must be at most model.{name}{part}"
         why = f"a parameter has so few rows, and each of the {shard} ranks of a replica holds some"
-        do = f"Use parallel.dp_replicate {choices(works, parallel.dp_replicate)}."
+        fit = works(config, world_size, "parallel.dp_replicate", fit)
+        do = f"Use parallel.dp_replicate {choices(fit, parallel.dp_replicate)}."
         yield problem(where, shard, expected, why, do)
 
 
-def _batch(config: Config, world_size: int) -> Iterator[str]:
+def _batch(config: Config, world_size: int, works: Works) -> Iterator[str]:
     batch, micro = config.data.global_batch_size, config.data.micro_batch_size
     dp_size = _dp_size(config, world_size)
     if batch < 1 or micro < 0 or not dp_size:
@@ -218,15 +233,45 @@ def _batch(config: Config, world_size: int) -> Iterator[str]:
         yield problem("data.global_batch_size", batch, expected, "every rank computes the same number of sequences", do)
     elif micro and share % micro:
         expected = f"must divide the {share} of {batch} sequences that each of the {ranks} computes"
-        yield problem("data.micro_batch_size", micro, expected, do=f"Use {choices(divisors(share), micro)}.")
+        sizes = works(config, world_size, "data.micro_batch_size", divisors(share))
+        yield problem("data.micro_batch_size", micro, expected, do=f"Use {choices(sizes, micro)}.")
     elif config.parallel.accumulate == "unsharded" and (micro or (share if config.parallel.pp < 2 else 1)) == share:
         expected = f"has no effect while a rank computes its {share} of {batch} sequences at once"
-        works = f"data.micro_batch_size {choices(divisors(share)[:-1], share)}" if share > 1 else "fewer ranks"
-        do = f"Use {works}, or 'sharded'."
+        sizes = works(config, world_size, "data.micro_batch_size", divisors(share)[:-1])
+        do = f"Use {f'data.micro_batch_size {choices(sizes, share)}' if sizes else 'fewer ranks'}, or 'sharded'."
         yield problem("parallel.accumulate", "unsharded", expected, do=do)
 
 
-LAYOUT_RULES = (_degrees, _tensor, _sequence_parts, _stages, _microbatches, _parts, _batch)
+_RULES = (_degrees, _tensor, _sequence_parts, _stages, _microbatches, _parts, _batch)
+
+
+def layout_problems(config: Config, world_size: int) -> list[str]:
+    """List what is wrong with a config on so many ranks, each with values that work."""
+    return [text for rule in _RULES for text in rule(config, world_size, _that_work)]
+
+
+def _that_work(config: Config, world_size: int, key: str, options: Sequence[int]) -> Sequence[int]:
+    """Keep the options that leave no other rule anything to say; else those that leave nothing about this field.
+
+    Of many, those next to what was given are tried. Where none works, others must change first: all are kept.
+    """
+    section, _, name = key.partition(".")
+    table = getattr(config, section)
+    nearest = sorted(options, key=lambda option: abs(option - getattr(table, name)))[:_TRIED]
+    left: dict[int, list[str]] = {}
+    for option in nearest:
+        changed = replace(config, **{section: replace(table, **{name: option})})
+        left[option] = [text for rule in _RULES for text in rule(changed, world_size, _all_of_them)]
+    for about in ("", "parallel.", f"{key} "):
+        works = sorted(option for option in nearest if not any(text.startswith(about) for text in left[option]))
+        if works:
+            return works
+    return options
+
+
+def _all_of_them(config: Config, world_size: int, key: str, options: Sequence[int]) -> Sequence[int]:
+    """Keep every option: inside of a trial nobody reads the advice."""
+    return options
 
 
 def _dp_size(config: Config, world_size: int) -> int:

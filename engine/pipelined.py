@@ -152,8 +152,7 @@ class Pipeline:
         self._apart = _computes_weights_apart(parallel)
         self._schedules: dict[tuple[int, ...], tuple[Schedule, list[Stage]]] = {}
         if self._apart:
-            # The two halves of a backward pass read the same saved tensors; compiled blocks would give them away.
-            functorch.donated_buffer = False
+            _keep_saved_tensors()
             for module in self._modules.values():
                 cast(FSDPModule, module.model).set_reshard_after_forward(False)
 
@@ -243,6 +242,18 @@ def _schedule(stages: list[Stage], parallel: ParallelConfig, count: int) -> Sche
         return schedule
     kind = get_schedule_class(parallel.schedule)
     return kind(stages[0] if issubclass(kind, PipelineScheduleSingle) else stages, **arguments)  # pyright: ignore
+
+
+def _keep_saved_tensors() -> None:
+    """Have compiled backward passes leave saved tensors alone: the two halves of a pass read the same ones.
+
+    The compiler's cache on disk does not tell such graphs from those that overwrite them, and would hand out one that
+    another schedule left there, to wrong gradients without a word: the key gets a word of ours.
+    """
+    functorch.donated_buffer = False
+    tag, kept = torch.compiler.config.cache_key_tag, "saved-tensors-kept"
+    if kept not in tag:
+        torch.compiler.config.cache_key_tag = f"{tag} {kept}".strip()
 
 
 def _as_it_is(loss: Tensor, target: Tensor) -> Tensor:

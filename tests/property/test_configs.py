@@ -34,7 +34,9 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
         return st.none() | one if has_none(kind) else one
     if get_origin(kind) is Literal:
         return st.sampled_from(get_args(kind))
-    return st.lists(TEXT, max_size=3).map(tuple) if get_origin(kind) is tuple else SCALARS[kind]
+    if get_origin(kind) is tuple:
+        return st.lists(SCALARS[get_args(kind)[0]], max_size=3).map(tuple)
+    return SCALARS[kind]
 
 
 def sections(cls: type) -> st.SearchStrategy[Any]:
