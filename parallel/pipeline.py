@@ -196,17 +196,24 @@ def _stages_of_csv(parallel: ParallelConfig) -> list[list[int]]:
     path = Path(parallel.schedule_csv)
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [{int(number) for cell in row for number in _STAGE.findall(cell)} for row in csv.reader(file) if row]
+            table = [row for row in csv.reader(file) if row]
     except (OSError, UnicodeDecodeError) as error:
         raise LayoutError(problem("parallel.schedule_csv", str(path), "can't be read", str(error))) from error
+    rows = [{int(number) for cell in row for number in _STAGE.findall(cell)} for row in table]
     if len(rows) != parallel.pp:
         expected = f"must have a row for each of the {parallel.pp} ranks of parallel.pp"
         raise LayoutError(problem(str(path), f"{len(rows)} rows", expected))
     if sorted(stage for row in rows for stage in row) != list(range(sum(map(len, rows)))) or not all(rows):
         expected = "must give each rank at least one stage, and each stage from 0 on to one rank"
         raise LayoutError(problem(str(path), [sorted(row) for row in rows], expected))
+    cells = [action for row in table for cell in row for action in _ACTION.findall(cell)]
+    twice = sorted({action for action in cells if cells.count(action) > 1})
+    if twice:
+        raise LayoutError(problem(str(path), twice[0], "must be computed once, and stands there twice"))
     return [sorted(row) for row in rows]
 
 
+_ACTION = re.compile(r"(?<!\d)\d+[FBIW]\d+")
+"""One computation, whole."""
 _STAGE = re.compile(r"(?<!\d)(\d+)(?:F|B|I|W)\d+")
 """A computation in a cell: stage, kind, microbatch, as in `2F0`; cells of overlapped ones hold two."""

@@ -189,6 +189,7 @@ BAD_CSV = {
     "0F0,0B0\n": "1 rows: must have a row for each of the 2 ranks of parallel.pp.",
     "0F0,0B0\n0F1,0B1\n": "must give each rank at least one stage, and each stage from 0 on to one rank.",
     "0F0,0B0\n2F0,2B0\n": "must give each rank at least one stage, and each stage from 0 on to one rank.",
+    "0F0,0F0,0B0\n1F0,1B0\n": "must be computed once, and stands there twice.",
 }
 
 
