@@ -10,7 +10,7 @@ Sources: arXiv:2104.04473 (1F1B, interleaved), arXiv:2401.10241 (zero bubble).
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,7 @@ from configs.errors import LayoutError, problem
 from configs.layout import ZERO_BUBBLE_SCHEDULES
 from configs.schema import ParallelConfig
 from engine.data.batches import Batch
+from engine.loss import HeadLoss
 from engine.step import Forward, ForwardBackward
 from models.llama import Llama
 from parallel.fsdp import DTYPES, reduce_gradients_at
@@ -38,9 +39,6 @@ from parallel.mesh import Layout
 from parallel.pipeline import stages_of, stages_of_ranks, sum_tied_gradients
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
-
-HeadLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(last stage, hidden states after the final norm, targets) -> the summed loss of this rank's targets, nats."""
 
 
 class StageModule(nn.Module):

@@ -75,7 +75,8 @@ def test_values_given_are_kept_by_resolve(file: Path) -> None:
 
 
 def test_evaluation_turned_off_leaves_the_rest_valid(file: Path) -> None:
-    resolve(load_config(file, ["--eval.every_steps", "0", "--eval.max_sequences", "8"]), 1)
+    resolved = resolve(load_config(file, ["--eval.every_steps", "0", "--eval.max_sequences", "8"]), 1)
+    assert (resolved.eval.every_steps, resolved.eval.max_sequences) == (0, 8)
 
 
 def test_every_number_has_a_range_and_every_range_a_number() -> None:
