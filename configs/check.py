@@ -12,15 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from configs.check_adapter import adapter_problems
 from configs.errors import ConfigError, problem
-from configs.fields import as_list, as_table, choices, default_of, divisors, listed, plain
+from configs.fields import as_list, as_table, choices, default_of, default_value, divisors, listed, plain
 from configs.layout import head_dim, layout_problems
 from configs.load import toml_value
 from configs.ranges import out_of_range
 from configs.refusals import refused
 from configs.schema import Config
 
-BUILT_IN_SOURCES = ("python-stdlib",)
+BUILT_IN_SOURCES = ("python-stdlib", "python-stdlib-docs")
+SMALL = ("lora", "bottleneck", "prefix", "prompt", "bitfit")
+"""Kinds of adapter.kind that train little."""
 
 
 def check(config: Config) -> list[str]:
@@ -29,7 +32,7 @@ def check(config: Config) -> list[str]:
 
 
 def resolve(config: Config, world_size: int) -> Config:
-    """Fill in what is derived for `world_size` ranks: num_kv_heads, head_dim, dp_shard, micro_batch_size.
+    """Fill in what is derived for `world_size` ranks: num_kv_heads, head_dim, dp_shard, micro_batch_size, accumulate.
 
     Resolving again changes nothing. Raises ConfigError with every problem of the config and of its layout.
     """
@@ -42,22 +45,32 @@ def resolve(config: Config, world_size: int) -> Config:
     model, parallel, data = config.model, config.parallel, config.data
     dp_size = world_size // (parallel.cp * parallel.tp * parallel.pp)
     # A pipeline wants many microbatches to keep its stages busy.
-    whole = 1 if parallel.pp > 1 else data.global_batch_size // dp_size
+    share = data.global_batch_size // dp_size
+    micro = data.micro_batch_size or (1 if parallel.pp > 1 else share)
+    # What such a run trains is small: its gradients are kept whole and reduced once a step.
+    once = config.adapter.kind in SMALL and micro < share
     return dataclasses.replace(
         config,
         model=dataclasses.replace(model, num_kv_heads=model.num_kv_heads or model.num_heads, head_dim=head_dim(model)),
-        parallel=dataclasses.replace(parallel, dp_shard=dp_size // parallel.dp_replicate),
-        data=dataclasses.replace(data, micro_batch_size=data.micro_batch_size or whole),
+        parallel=dataclasses.replace(
+            parallel,
+            dp_shard=dp_size // parallel.dp_replicate,
+            accumulate="unsharded" if once else parallel.accumulate,
+        ),
+        data=dataclasses.replace(data, micro_batch_size=micro),
     )
 
 
 def missing_files(config: Config) -> list[str]:
     """List the files and folders that the config names and the disk lacks."""
     problems: list[str] = []
-    start = config.model.init_from
+    start, adapter = config.model.init_from, config.adapter.init_from
     if start and not (Path(start) / "config.json").is_file():
         do = "Give a folder with config.json and *.safetensors."
         problems.append(problem("model.init_from", start, "no Hugging Face model there", do=do))
+    if adapter and not (Path(adapter) / "adapter_config.json").is_file():
+        do = "Give a folder with adapter_config.json and adapter_model.safetensors."
+        problems.append(problem("adapter.init_from", adapter, "no PEFT adapter there", do=do))
     schedule = config.parallel.schedule_csv
     if schedule and not Path(schedule).is_file():
         problems.append(problem("parallel.schedule_csv", schedule, "no such file"))
@@ -183,16 +196,30 @@ def _documents(config: Config) -> Iterator[str]:
         yield problem("data.document_positions = true", "", "needs data.document_mask = true", why)
 
 
+def _objective(config: Config) -> Iterator[str]:
+    data = config.data
+    if config.objective.kind != "sft":
+        return
+    if data.packing == "concat":
+        why = "it cuts examples every data.seq_len tokens, and an answer without its question teaches to guess"
+        do = "Use data.packing = 'best_fit' with data.document_mask = true, or data.packing = 'none'."
+        yield problem("data.packing", "concat", "is not for objective.kind = 'sft'", why, do)
+    elif data.packing == "best_fit" and not data.document_mask:
+        why = "else an answer is learned in the light of the examples before it"
+        expected = "needs data.document_mask = true under objective.kind = 'sft'"
+        yield problem("data.packing", data.packing, expected, why, "Set it, or use data.packing = 'none'.")
+
+
 def _optimizer(config: Config) -> Iterator[str]:
     optim = config.optim
-    effects = {"momentum": ("muon",), "eps": ("adamw", "muon", "apex", "adamw_8bit")}
+    effects = {"momentum": ("muon",), "eps": ("adamw", "muon", "apex", "adamw_8bit", "paged_adamw_8bit")}
     for name, kinds in effects.items():
         value = getattr(optim, name)
-        if optim.kind not in kinds and value != _default(optim, name):
+        if optim.kind not in kinds and value != default_value(optim, name):
             yield problem(f"optim.{name}", value, f"has no effect under optim.kind = {optim.kind!r}", do="Remove it.")
-    if optim.kind == "apex" and config.precision.master == "fp64":
-        why = "its moments and its arithmetic are fp32"
-        yield problem("optim.kind", "apex", "excludes precision.master = 'fp64'", why, "Use 'adamw'.")
+    if optim.kind in ("apex", "paged_adamw_8bit") and config.precision.master == "fp64":
+        why = "its moments and its arithmetic are fp32" if optim.kind == "apex" else "its arithmetic is fp32"
+        yield problem("optim.kind", optim.kind, "excludes precision.master = 'fp64'", why, "Use 'adamw'.")
 
 
 def _lr_schedule(config: Config) -> Iterator[str]:
@@ -211,13 +238,9 @@ def _lr_schedule(config: Config) -> Iterator[str]:
     if lr.schedule != "wsd" and lr.decay_steps > 0:
         expected = f"has no effect under lr.schedule = {lr.schedule!r}"
         yield problem("lr.decay_steps", lr.decay_steps, expected, do="Use lr.schedule = 'wsd', or remove it.")
-    if lr.schedule == "constant" and lr.min_ratio != _default(lr, "min_ratio"):
+    if lr.schedule == "constant" and lr.min_ratio != default_value(lr, "min_ratio"):
         do = "Choose another schedule, or remove it."
         yield problem("lr.min_ratio", lr.min_ratio, "has no effect under lr.schedule = 'constant'", do=do)
-
-
-def _default(section: Any, name: str) -> Any:
-    return next(default_of(part) for part in dataclasses.fields(section) if part.name == name)
 
 
 def _precision(config: Config) -> Iterator[str]:
@@ -250,10 +273,12 @@ _RULES = (
     _store_sources,
     _one_tokenizer,
     _documents,
+    _objective,
     _optimizer,
     _lr_schedule,
     _precision,
     _keeping,
+    adapter_problems,
 )
 
 
@@ -297,4 +322,4 @@ def _shown(value: Any) -> str:
     items = as_list(value)
     if value is None or value is dataclasses.MISSING:
         return "none"
-    return toml_value(value) if items is None else f"{len(items)} of them"
+    return f"{len(items)} of them" if items and as_table(items[0]) is not None else toml_value(value)

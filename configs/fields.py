@@ -17,6 +17,16 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 INDEX = "N"  # stands in a key for the position in a list of tables: data.stores.N.path
 
 
+def fixed(default: Any = ..., *, factory: Any = None) -> Any:
+    """A field that a resumed run must not change; without a default it must be given."""
+    metadata = {"resume": "fixed"}
+    if factory is not None:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    if default is ...:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Leaf:
     """One field as a user addresses it: `key` is dotted, `kind` its annotation, `owner` the section's class."""
@@ -61,6 +71,11 @@ def has_none(kind: Any) -> bool:
 def default_of(part: dataclasses.Field[Any]) -> Any:
     """Give a field's default; dataclasses.MISSING when it must be given."""
     return part.default if part.default_factory is dataclasses.MISSING else part.default_factory()
+
+
+def default_value(section: Any, name: str) -> Any:
+    """Give the default of a section's field."""
+    return next(default_of(part) for part in dataclasses.fields(section) if part.name == name)
 
 
 def plain(value: Any) -> Any:

@@ -5,11 +5,11 @@ can't be judged because another number is wrong keeps silent. Combinations that 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from math import prod
 
 from configs.errors import problem
-from configs.fields import choices, default_of, divisors, listed, plain
+from configs.fields import choices, default_value, divisors, listed, plain
 from configs.schema import Config, ModelConfig, ParallelConfig
 
 SINGLE_STAGE_SCHEDULES = ("GPipe", "1F1B")
@@ -17,6 +17,8 @@ V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
 ZERO_BUBBLE_SCHEDULES = ("InterleavedZeroBubble", *V_SCHEDULES)
 """Schedules that compute the gradients of weights apart from those of activations."""
 
+NF4_BLOCK = 64
+"""Inputs of a row that share a scale; a projection whose inputs are no multiple of it is not quantised."""
 
 _TRIED = 64
 """Options that are tried for an answer."""
@@ -129,7 +131,7 @@ def _stages(config: Config, world_size: int, works: Works) -> Iterator[str]:
     if parallel.pp == 1:
         for name in ("schedule", "schedule_csv", "stages_per_rank", "layers_per_stage"):
             value = plain(getattr(parallel, name))
-            if value != plain(next(default_of(part) for part in fields(parallel) if part.name == name)):
+            if value != plain(default_value(parallel, name)):
                 yield problem(f"parallel.{name}", value, "has no effect while parallel.pp = 1", do="Remove it.")
         return
     per_rank, schedule = stages_per_rank(parallel), parallel.schedule
@@ -242,7 +244,32 @@ def _batch(config: Config, world_size: int, works: Works) -> Iterator[str]:
         yield problem("parallel.accumulate", "unsharded", expected, do=do)
 
 
-_RULES = (_degrees, _tensor, _sequence_parts, _stages, _microbatches, _parts, _batch)
+def _blocks(config: Config, world_size: int, works: Works) -> Iterator[str]:
+    """What NF4 asks of the parts of rows: o_proj and down_proj are cut by their inputs."""
+    model, tp = config.model, config.parallel.tp
+    if config.adapter.quantization != "nf4" or tp < 2 or min(model.num_heads, model.ffn_dim) < 1:
+        return
+    inputs = {"num_heads * head_dim": model.num_heads * head_dim(model), "ffn_dim": model.ffn_dim}
+    inputs = {name: count for name, count in inputs.items() if count >= 1 and count % NF4_BLOCK == 0}  # others stay
+    cut = [f"model.{name} = {count}" for name, count in inputs.items() if count % (NF4_BLOCK * tp)]
+    if cut and not any(count % tp for count in inputs.values()):
+        fit = [one for one in divisors(model.num_heads) if not any(n % (NF4_BLOCK * one) for n in inputs.values())]
+        expected = f"must leave each rank a multiple of {NF4_BLOCK} of {listed(cut, 'and')}"
+        why = f"under adapter.quantization = 'nf4' {NF4_BLOCK} inputs share a scale"
+        do = f"Use {choices(works(config, world_size, 'parallel.tp', fit), tp)}."
+        yield problem("parallel.tp", tp, expected, why, do)
+
+
+def _one_rank(config: Config, world_size: int, works: Works) -> Iterator[str]:
+    if config.optim.kind == "paged_adamw_8bit" and world_size > 1:
+        why = (
+            "bitsandbytes cuts 8-bit state into blocks along each rank's own shard: the run would depend on the layout"
+        )
+        expected = f"needs 1 rank, not {world_size}"
+        yield problem("optim.kind", "paged_adamw_8bit", expected, why, "Start 1 rank, or use 'adamw' or 'lion'.")
+
+
+_RULES = (_degrees, _tensor, _sequence_parts, _stages, _microbatches, _parts, _batch, _blocks, _one_rank)
 
 
 def layout_problems(config: Config, world_size: int) -> list[str]:

@@ -74,6 +74,20 @@ REFUSALS: tuple[Refusal, ...] = (
         example="--precision.float8 tensorwise --parallel.tp 2",
     ),
     Refusal(
+        what="precision.float8 with an adapter.kind",
+        when=lambda config: config.precision.float8 != "none" and config.adapter.kind != "none",
+        why="torchao's float8 layers take the place of the projections that adapters sit on",
+        do="Use adapter.quantization for a smaller base, or leave float8 out.",
+        example="--precision.float8 tensorwise --adapter.kind lora",
+    ),
+    Refusal(
+        what="parallel.cpu_offload with adapter.base replicated",
+        when=lambda config: config.parallel.cpu_offload and config.adapter.base == "replicated",
+        why="a replicated base stays on the device, which offloading is to relieve of it",
+        do="Use adapter.base sharded.",
+        example="--parallel.cpu_offload true --adapter.kind lora --adapter.base replicated",
+    ),
+    Refusal(
         what="optim.kind adamw_8bit",
         when=lambda config: config.optim.kind == "adamw_8bit",
         why="torchao cuts 8-bit state into blocks along each rank's own shard: the run would depend on the layout, no "

@@ -6,17 +6,10 @@ derives a new one. A function receives its section, not the run.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-
-def fixed(default: Any = ..., *, factory: Any = None) -> Any:
-    """A field that a resumed run must not change; without a default it must be given."""
-    metadata = {"resume": "fixed"}
-    if factory is not None:
-        return field(default_factory=factory, metadata=metadata)
-    if default is ...:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)
+from configs.adapters import AdapterConfig
+from configs.fields import fixed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +102,8 @@ class StoreConfig:
     """Share of this store in the mix, relative to the others."""
     sources: tuple[str, ...] = ()
     """Files and folders to prepare the store from when `path` does not exist; `python-stdlib` names the sources of
-    Python's own standard library. For small corpora: the other ranks wait; prepare large ones with tools/prepare.py."""
+    Python's own standard library, `python-stdlib-docs` questions about its functions and their answers. For small
+    corpora: the other ranks wait; prepare large ones with tools/prepare.py."""
     tokenizer: str = ""
     """Tokenizer for that preparation: a sentencepiece .model or a tokenizer.json."""
     train_tokenizer: int = 0
@@ -130,9 +124,9 @@ class DataConfig:
     """Sequences a step, over all ranks."""
     micro_batch_size: int = 0
     """Sequences a rank computes at once; 0 means its whole share of the step (no accumulation)."""
-    packing: Literal["concat", "best_fit"] = fixed("concat")
+    packing: Literal["concat", "best_fit", "none"] = fixed("concat")
     """concat: documents end to end, cut every seq_len tokens. best_fit: whole documents packed into sequences; only
-    documents longer than seq_len are cut."""
+    documents longer than seq_len are cut. none: one document a sequence, padded."""
     document_mask: bool = fixed(False)
     """Attention does not cross documents."""
     document_positions: bool = fixed(False)
@@ -143,8 +137,9 @@ class DataConfig:
 class ObjectiveConfig:
     """What is minimised."""
 
-    kind: Literal["next_token"] = fixed("next_token")
-    """next_token: cross entropy of every next token."""
+    kind: Literal["next_token", "sft"] = fixed("next_token")
+    """next_token: cross entropy of every next token. sft: of the answers' tokens only, as a store of examples marks
+    them."""
     chunk_tokens: int = 1024
     """Tokens whose logits exist at once; the logits of a whole batch never do."""
 
@@ -153,10 +148,11 @@ class ObjectiveConfig:
 class OptimConfig:
     """The optimizer."""
 
-    kind: Literal["adamw", "muon", "lion", "apex", "adamw_8bit"] = fixed("adamw")
+    kind: Literal["adamw", "muon", "lion", "apex", "adamw_8bit", "paged_adamw_8bit"] = fixed("adamw")
     """adamw: AdamW, fused where torch has it. muon: Muon for the matrices of the layers, AdamW for embedding, head,
     norms and biases. lion: the sign of a momentum, half of AdamW's state. apex: AdamW by NVIDIA's apex, on CUDA.
-    adamw_8bit: refused, since its state depends on the layout."""
+    adamw_8bit: refused, since its state depends on the layout. paged_adamw_8bit: bitsandbytes' AdamW with 8-bit state
+    that the GPU may page out; one process only."""
     lr: float = fixed(3e-4)
     """Peak learning rate, one for all parameters: Muon's updates are scaled to the size of AdamW's. Lion wants 3 to 10
     times less than AdamW."""
@@ -225,7 +221,8 @@ class ParallelConfig:
     """Keep parameters, gradients and optimizer state in host memory; the device holds what is gathered."""
     accumulate: Literal["sharded", "unsharded"] = "sharded"
     """sharded: each microbatch's gradient is reduce-scattered into the fp32 shard. unsharded: gradients are reduced
-    once a step, at the price of a whole fp32 gradient on each rank."""
+    once a step, at the price of a whole fp32 gradient on each rank; runs of adapter.kind lora, bottleneck, prefix,
+    prompt and bitfit, which train little, always do so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,6 +316,7 @@ class Config:
     run: RunConfig
     model: ModelConfig
     data: DataConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     lr: LrConfig = field(default_factory=LrConfig)

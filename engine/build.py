@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch import nn
 from configs.check import curve_notice, resume_differences
 from configs.errors import ConfigError, DataError, problem
 from configs.schema import Config
+from engine.base_identity import base_identity, check_base
 from engine.checkpoint.checkpointer import Checkpointer, Found
 from engine.compiler import check_compiler
 from engine.data.batches import Batch, Batches
@@ -25,7 +27,7 @@ from engine.data.tokenizer import Tokenizer
 from engine.files import hash_file
 from engine.folder import RunFolder
 from engine.loss import chunk_cross_entropy, compiled_chunk_loss, next_token
-from engine.memory import check_memory
+from engine.memory import check_memory, choose_base
 from engine.metrics import Metrics, Sink, yardstick
 from engine.metrics_log import JsonLines, TensorBoard, truncate_after
 from engine.optim import build_optimizer
@@ -33,7 +35,9 @@ from engine.peaks import choose_peak, describe_peak, measured_gemm_tflops
 from engine.pipelined import pipelined
 from engine.progress import ProgressDisplay
 from engine.step import Forward, ForwardBackward, direct
+from engine.trained import trained_table
 from engine.weights import starting_weights
+from models.adapters import trained_shapes
 from models.flops import num_params
 from parallel.apply import attention_backend, build_model
 from parallel.float8 import check_float8
@@ -57,6 +61,8 @@ class Run:
     checkpointer: Checkpointer
     progress: ProgressDisplay | None
     """What a person sees; on rank 0 only."""
+    base: str = ""
+    """Identity of a frozen base; empty where all is trained."""
     step: int = 0
     """Steps done."""
     first_step: int = 0
@@ -71,7 +77,9 @@ class Run:
         if self.metrics is None:
             config, device = self.config, self.layout.device
             peak = choose_peak(config.metrics.peak_tflops, device, DTYPES[config.precision.compute], self.gemm_tflops)
-            yard = yardstick(config.model, config.data.seq_len, self.layout.world_size, peak, self.gemm_tflops)
+            trained = None if config.adapter.kind == "none" else trained_shapes(config.model, config.adapter)
+            ranks = self.layout.world_size
+            yard = yardstick(config.model, config.data.seq_len, ranks, peak, self.gemm_tflops, trained)
             if self.progress is not None:
                 self.progress.say(describe_peak(peak, self.gemm_tflops))
             sinks = self._sinks() if self.layout.rank == 0 else ()
@@ -111,6 +119,7 @@ def build_run(
     check_float8(config, device)
     attention_backend(config, device)
     _check_device(config, device)
+    config = choose_base(config, device, ranks_on_node)
     check_memory(config, device, ranks_on_node)
     layout = build_layout(config.parallel, device)
     say = progress.say if progress is not None else _silent
@@ -121,14 +130,22 @@ def build_run(
         _prove_tokenizers(config)
     # The others wait here for the folder and the stores; what rank 0 can't do ends the run for all of them.
     dist.barrier()
-    data = Batches(config.data, config.run.seed, "train")
+    data = Batches(config.data, config.run.seed, "train", **_needed(config, training=True))
     heldout = _heldout(config, layout)
     _check_vocabulary(config, data)
     say(f"{config.run.name}: {num_params(config.model):,} parameters, {_layout_text(layout)}, writing to {folder.path}")
     checkpointer = Checkpointer(folder.checkpoints, config.checkpoint, timeout_s=config.fault.first_step_timeout_s)
     found = _find_continued(checkpointer, config, data, say)
-    model = build_model(config, layout, starting_weights(config) if found is None else _leave_unfilled)
-    optimizer = build_optimizer(model, config.optim)
+    base = base_identity(config, checkpointer.ranks)
+    if found is not None:
+        check_base(found.meta, base, str(found.path))
+    # A checkpoint of an adapter's run doesn't hold its base.
+    all_saved = found is not None and config.adapter.kind == "none"
+    model = build_model(config, layout, _leave_unfilled if all_saved else starting_weights(config))
+    if config.adapter.kind != "none":
+        for line in trained_table(config):
+            say(line)
+    optimizer = build_optimizer(model, config.optim, config.adapter.lora_plus_ratio)
     forward, forward_backward = build_passes(config, layout, model)
     run = Run(
         config=config,
@@ -142,6 +159,7 @@ def build_run(
         forward_backward=forward_backward,
         checkpointer=checkpointer,
         progress=progress,
+        base=base,
     )
     if found is not None:
         run.restore(found)
@@ -152,6 +170,16 @@ def build_run(
     # On all ranks at once: ranks that share a machine share its rate.
     run.gemm_tflops = measured_gemm_tflops(device, DTYPES[config.precision.compute])
     return run
+
+
+def _needed(config: Config, training: bool) -> dict[str, Any]:
+    """Say what the objective and the adapter need of the batches."""
+    adapter = config.adapter
+    return {
+        "objective": config.objective.kind,
+        "num_virtual_tokens": adapter.num_virtual_tokens if adapter.kind in ("prompt", "prefix") else 0,
+        "with_places": training and adapter.kind == "lora" and adapter.dropout > 0,
+    }
 
 
 def _check_device(config: Config, device: torch.device) -> None:
@@ -220,7 +248,7 @@ def _heldout(config: Config, layout: Layout) -> Callable[[], Iterable[Batch]]:
     """Make the reader of the held-out batches, which starts over at each call."""
     if not config.eval.every_steps:
         return list
-    batches = Batches(config.data, config.run.seed, "heldout")
+    batches = Batches(config.data, config.run.seed, "heldout", **_needed(config, training=False))
     return partial(
         batches.heldout_microbatches,
         layout.dp_rank,

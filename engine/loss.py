@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from configs.schema import ObjectiveConfig
 from engine.data.batches import IGNORE
+from models.adapters.lora import Lora
+from models.linear import Linear, Marks
 from parallel.tensor import VocabularyShard, vocabulary_shard
 
 ChunkLoss = Callable[[Tensor, Tensor, VocabularyShard | None], tuple[Tensor, Tensor]]
@@ -65,13 +67,18 @@ def _reduced(values: Tensor, operation: str, shard: VocabularyShard) -> Tensor:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross entropies of `hidden @ weight.T`, (tokens, dim) and (vocab, dim), chunk by chunk."""
+    """Sum of cross entropies of `hidden @ weight.T + z @ b.T`, (tokens, dim) and (vocab, dim), chunk by chunk.
+
+    z (tokens, rank) and b (vocab, rank) are an adapter's, or None.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        z: Tensor | None,
+        b: Tensor | None,
         targets: Tensor,
         chunk: int,
         chunk_loss: ChunkLoss,
@@ -82,27 +89,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # fp32 over the chunks: bf16 sums of many chunks would lose the small ones.
         grad_weight = torch.zeros_like(weight, dtype=precise) if ctx.needs_input_grad[1] else None
+        grad_z = torch.empty_like(z) if z is not None else None
+        grad_b = torch.zeros_like(b, dtype=precise) if b is not None else None
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            part_loss, grad_logits = chunk_loss(hidden[part] @ weight.T, targets[part], shard)
+            logits = hidden[part] @ weight.T
+            if z is not None and b is not None:
+                logits = torch.addmm(logits, z[part], b.T)
+            part_loss, grad_logits = chunk_loss(logits, targets[part], shard)
             loss_sum += part_loss
             if grad_hidden is not None:
                 grad_hidden[part] = grad_logits @ weight
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[part]
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+            if z is not None and b is not None and grad_z is not None and grad_b is not None:
+                grad_z[part] = grad_logits @ b
+                grad_b += grad_logits.T @ z[part]
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_z, grad_b)
+        ctx.dtype = weight.dtype
         return loss_sum
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            # In the format of the sum: 1 / num_tokens in bf16 would scale the blocks' gradients, and not the head's.
-            grad_hidden = (grad_hidden.to(grad.dtype) * grad).to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        # Scaled in the format of the sum: 1 / num_tokens in bf16 would scale the blocks' gradients, and not the head's.
+        scaled = [None if kept is None else (kept.to(grad.dtype) * grad).to(ctx.dtype) for kept in ctx.saved_tensors]
+        return *scaled, None, None, None, None
 
 
 def cross_entropy_sum(
@@ -111,15 +122,17 @@ def cross_entropy_sum(
     targets: Int[Tensor, "batch seq"],
     chunk_tokens: int,
     chunk_loss: ChunkLoss = chunk_cross_entropy,
+    factors: tuple[Float[Tensor, "batch seq rank"], Float[Tensor, "rows rank"]] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the sum of the cross entropies of all targets, in nats; `chunk_loss` may be a compiled one.
 
     A weight that is a DTensor has its rows on the ranks of tp, all of which call this with the same hidden states; the
-    gradient of these is then a partial sum on each.
+    gradient of these is then a partial sum on each. `factors` are what an adapter multiplies beside this rank's rows.
     """
     rows, shard = vocabulary_shard(weight)
+    z, b = (None, None) if factors is None else (factors[0].flatten(0, 1), factors[1])
     loss_sum: Tensor = _ChunkedCrossEntropy.apply(  # pyright: ignore[reportAssignmentType]
-        hidden.flatten(0, 1), rows, targets.flatten(), chunk_tokens, chunk_loss, shard
+        hidden.flatten(0, 1), rows, z, b, targets.flatten(), chunk_tokens, chunk_loss, shard
     )
     return loss_sum
 
@@ -130,15 +143,16 @@ def compiled_chunk_loss() -> ChunkLoss:
     return torch.compile(chunk_cross_entropy, fullgraph=True, dynamic=False)
 
 
-HeadLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(model with a head, hidden states after the final norm, targets) -> the summed loss of the targets, nats."""
+HeadLoss = Callable[[nn.Module, Tensor, Tensor, Marks | None], Tensor]
+"""(model with a head, hidden states after the final norm, targets, marks) -> the summed loss of the targets, nats."""
 
 
 def next_token(config: ObjectiveConfig, chunk_loss: ChunkLoss) -> HeadLoss:
-    """Make the objective of pretraining: the summed cross entropy of every next token."""
+    """Make the objective: the summed cross entropy of every next token that is a target."""
 
-    def head_loss(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-        head = cast(nn.Linear, model.lm_head)
-        return cross_entropy_sum(hidden, head.weight, targets, config.chunk_tokens, chunk_loss)
+    def head_loss(model: nn.Module, hidden: Tensor, targets: Tensor, marks: Marks | None) -> Tensor:
+        head = cast(Linear, model.lm_head)
+        factors = head.beside.factors(head, hidden, marks) if isinstance(head.beside, Lora) else None
+        return cross_entropy_sum(hidden, head.weight, targets, config.chunk_tokens, chunk_loss, factors)
 
     return head_loss

@@ -5,15 +5,21 @@ pipeline has no less), without activations, gathered parameters and what librari
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
 
 from configs.errors import ConfigError, problem
 from configs.schema import Config
+from configs.targets import projections
 from engine.optim import STATE_TENSORS
+from models.adapters import trained_shapes
 from models.flops import num_matmul_params, num_params
+from models.hf_weights import parameter_shapes
+from models.quantized import held_bytes as quantized_bytes
+from models.quantized_formats import can_quantize
 from parallel.fsdp import DTYPES
 
 GIB = 2**30
@@ -33,6 +39,8 @@ class Held:
 
 def held_bytes(config: Config) -> Held:
     """Count what a rank of a resolved config holds for sure."""
+    if config.adapter.kind != "none":
+        return _held_beside_a_base(config)
     model, parallel = config.model, config.parallel
     size = DTYPES[config.precision.master].itemsize
     params, head = num_params(model), model.vocab_size * model.dim
@@ -49,6 +57,50 @@ def held_bytes(config: Config) -> Held:
     if parallel.pp == 1 and head * size // parallel.tp > gradients:
         return Held(lasting, head * size // parallel.tp)
     return Held(lasting + gradients, 0)
+
+
+def frozen_bytes(config: Config) -> int:
+    """Count the bytes of all frozen parameters of a resolved config, on one rank that has them whole."""
+    model, adapter = config.model, config.adapter
+    trained = trained_shapes(model, adapter)
+    size = DTYPES[config.precision.compute].itemsize
+    shapes = parameter_shapes(model)
+    total = sum(prod(shape) * size for name, shape in shapes.items() if name not in trained)
+    if adapter.quantization == "none":
+        return total
+    for name in projections(model):
+        height, width = shapes[f"{name}.weight"]
+        if can_quantize(adapter.quantization, height, width):
+            total += quantized_bytes(adapter.quantization, height, width) - height * width * size
+    return total
+
+
+def choose_base(config: Config, device: torch.device, ranks_on_node: int) -> Config:
+    """Settle adapter.base of a resolved config: replicated where a copy takes no more than half of a rank's memory.
+
+    The other half is for activations. On a single data-parallel rank there is nothing to gather from, and FSDP would
+    hold everything twice.
+    """
+    adapter, parallel = config.adapter, config.parallel
+    if adapter.kind == "none" or adapter.base != "auto":
+        return config
+    copy = frozen_bytes(config) // (parallel.tp * parallel.pp)
+    alone = parallel.dp_shard * parallel.cp == 1
+    fits = alone or 2 * copy <= device_bytes(device, ranks_on_node)
+    base = "replicated" if fits and not parallel.cpu_offload else "sharded"
+    return replace(config, adapter=replace(adapter, base=base))
+
+
+def _held_beside_a_base(config: Config) -> Held:
+    parallel, per_other = config.parallel, STATE_TENSORS[config.optim.kind][1]
+    size = DTYPES[config.precision.master].itemsize
+    copies = parallel.tp * parallel.pp
+    shards = parallel.dp_shard * parallel.cp
+    trained = sum(prod(shape) for shape in trained_shapes(config.model, config.adapter).values()) * size
+    lasting = trained * (1 + per_other) // (copies * shards)
+    frozen = frozen_bytes(config) // (copies * (1 if config.adapter.base == "replicated" else shards))
+    gradients = trained // (copies if parallel.accumulate == "unsharded" else copies * shards)
+    return Held(lasting + frozen, gradients)
 
 
 def device_bytes(device: torch.device, ranks_on_node: int) -> int:

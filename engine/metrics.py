@@ -11,7 +11,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,11 +108,18 @@ class Yardstick:
     """Measured GEMM rate of one device in compute precision."""
 
 
-def yardstick(model: ModelConfig, seq_len: int, num_devices: int, peak: Peak, gemm_tflops: float) -> Yardstick:
-    """Take the FLOPs of a token from the model's shape; `model` is resolved."""
+def yardstick(
+    model: ModelConfig,
+    seq_len: int,
+    num_devices: int,
+    peak: Peak,
+    gemm_tflops: float,
+    trained: Mapping[str, tuple[int, ...]] | None = None,
+) -> Yardstick:
+    """Take the FLOPs of a token from the shapes of the model and of what is trained; `model` is resolved."""
     return Yardstick(
-        flops_per_token=flops_per_token(model, seq_len, causal=False),
-        flops_per_token_causal=flops_per_token(model, seq_len, causal=True),
+        flops_per_token=flops_per_token(model, seq_len, causal=False, trained=trained),
+        flops_per_token_causal=flops_per_token(model, seq_len, causal=True, trained=trained),
         num_devices=num_devices,
         peak=peak,
         gemm_tflops=gemm_tflops,

@@ -32,7 +32,7 @@ from configs.layout import ZERO_BUBBLE_SCHEDULES
 from configs.schema import ParallelConfig
 from engine.data.batches import Batch
 from engine.loss import HeadLoss
-from engine.step import Forward, ForwardBackward
+from engine.step import Forward, ForwardBackward, marks_of
 from models.llama import Llama
 from parallel.fsdp import DTYPES, reduce_gradients_at
 from parallel.mesh import Layout
@@ -70,10 +70,11 @@ class StageModule(nn.Module):
         if positions is None:
             # The hidden states may be a part of the sequence, so the stage can't count for itself.
             positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
-        out = self.model(taken, positions, batch.documents)
+        marks = marks_of(batch)
+        out = self.model(taken, positions, batch.documents, None, marks)
         if self.head_loss is None:
             return out
-        loss_sum = self.head_loss(self.model, out, batch.targets)
+        loss_sum = self.head_loss(self.model, out, batch.targets, marks)
         self.loss_sums.append(loss_sum.detach())
         return loss_sum if self.num_tokens is None else loss_sum / self.num_tokens.clamp(min=1)
 

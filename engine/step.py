@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from engine.data.batches import IGNORE, Batch
 from engine.loss import HeadLoss
 from engine.optim import set_lr
+from models.linear import Marks
 from parallel.context import held_positions
 from parallel.fsdp import reduce_gradients_at
 from parallel.mesh import Layout
@@ -66,7 +67,9 @@ def direct(model: nn.Module, head_loss: HeadLoss, accumulate: str) -> tuple[Forw
     """Run microbatches one after the other through the whole model."""
 
     def forward(batch: Batch) -> Tensor:
-        return head_loss(model, model(batch.tokens, batch.positions, batch.documents), batch.targets)
+        marks = marks_of(batch)
+        hidden = model(batch.tokens, batch.positions, batch.documents, None, marks)
+        return head_loss(model, hidden, batch.targets, marks)
 
     def forward_backward(microbatches: Sequence[Batch], num_tokens: Tensor) -> Tensor:
         sums: list[Tensor] = []
@@ -79,6 +82,12 @@ def direct(model: nn.Module, head_loss: HeadLoss, accumulate: str) -> tuple[Forw
         return torch.stack(sums).sum()
 
     return forward, forward_backward
+
+
+def marks_of(batch: Batch) -> Marks | None:
+    """Return what adapters must know of the batch's positions."""
+    bare = batch.places is None and batch.virtual is None
+    return None if bare else Marks(batch.places, batch.virtual)
 
 
 def part_of_rank(batch: Batch, layout: Layout) -> Batch:

@@ -225,6 +225,8 @@ def _checkpoint(run: Run, counters: Counters, heldout: HeldoutLoss | None) -> No
             "tokenizer": run.data.tokenizer_hash,
             "versions": {"torch": torch.__version__},
         }
+        if run.base:
+            meta["base"] = run.base
         loss = None if heldout is None else heldout.loss
         run.checkpointer.save(run.step, run.model, run.optimizer, meta, run.data.tokenizer_folder, loss)
 

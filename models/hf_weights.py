@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +24,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LISTED_PROBLEMS = 40
 
-_FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # A constant that old exports carry along.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
@@ -44,6 +44,19 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Give the whole shape of each parameter of a resolved config, by our names; a tied head is not listed."""
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in Llama(config).named_parameters()}
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Whatever gives tensors by our names, whole or in part."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Give the whole shape of a parameter."""
+        ...
+
+    def read(self, name: str, slices: Sequence[slice] | None = None) -> torch.Tensor:
+        """Copy a parameter or a part of it."""
+        ...
 
 
 class HfWeights:
@@ -88,8 +101,8 @@ class HfWeights:
                 problems.append(f"unexpected: {hf_name(name)} {self.shape(name)}")
             elif self.shape(name) != tuple(expected[name]):
                 problems.append(f"wrong shape: {hf_name(name)} {self.shape(name)}, expected {tuple(expected[name])}")
-            if stored not in _FORMATS:
-                problems.append(f"wrong format: {hf_name(name)} {stored}, expected one of {', '.join(_FORMATS)}")
+            if stored not in FORMATS:
+                problems.append(f"wrong format: {hf_name(name)} {stored}, expected one of {', '.join(FORMATS)}")
         if problems:
             shown = problems[:LISTED_PROBLEMS]
             shown += [f"... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []

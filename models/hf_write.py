@@ -7,7 +7,8 @@ hidden folder beside the target, is synced, and renamed once at the end: a folde
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -45,6 +46,20 @@ def write_hf(
     `tensors` yields (our name, whole tensor) for each parameter of the resolved config, in any order; `extra_files`
     maps plain file names, such as those of a tokenizer, to contents.
     """
+    with new_folder(folder) as unfinished:
+        _write_tensors(unfinished, _named(tensors, config, Path(folder)), dtype, max_shard_bytes)
+        write_json(unfinished / "config.json", hf_config(config, _TORCH_NAMES[dtype], bos_id, eos_id))
+        write_json(unfinished / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
+        for name, content in (extra_files or {}).items():
+            (unfinished / name).write_bytes(content)
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Give a hidden folder to write files into; it is synced and bears the name `folder` when all went well.
+
+    Raises CheckpointError where the folder exists or can't be written, and then leaves nothing behind.
+    """
     folder = Path(folder)
     if folder.exists() or folder.is_symlink():
         raise CheckpointError(
@@ -53,12 +68,8 @@ def write_hf(
     unfinished = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     try:
         unfinished.mkdir(parents=True)
-        _write_tensors(unfinished, _named(tensors, config, folder), dtype, max_shard_bytes)
-        _write_json(unfinished / "config.json", hf_config(config, _TORCH_NAMES[dtype], bos_id, eos_id))
-        _write_json(unfinished / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
-        for name, content in (extra_files or {}).items():
-            (unfinished / name).write_bytes(content)
-        mode = (unfinished / "config.json").stat().st_mode
+        yield unfinished
+        mode = unfinished.stat().st_mode & 0o666
         for path in unfinished.iterdir():
             path.chmod(mode)  # safetensors makes private files, whatever the umask says
             _sync(path)
@@ -121,14 +132,15 @@ def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> Non
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / _part(number)).rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
-    _write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
 def _part(number: int) -> str:
     return f"part-{number}.safetensors"
 
 
-def _write_json(path: Path, value: Mapping[str, object]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
+    """Write an object as JSON text that a person can read."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

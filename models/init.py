@@ -10,7 +10,7 @@ No torch.distributed here: the caller says where its shard lies.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,16 @@ from configs.schema import ModelConfig
 DRAWN_AT_ONCE = 1 << 15  # elements; the arrays of one round stay in the processor's cache
 FILLED_AT_ONCE = 1 << 22  # elements of whole rows that fill_local holds at once (32 MiB)
 WORDS_PER_COUNT = 4  # 64-bit words that one count of Philox yields
+
+_ADAPTERS = {
+    "lora_A.": ("uniform", None),
+    "lora_B.": ("constant", 0.0),
+    "lora_embedding_A": ("constant", 0.0),
+    "lora_embedding_B": ("normal", 1.0),
+    "bottleneck_down.weight": ("normal", 0.01),
+    "bottleneck_up.weight": ("constant", 0.0),
+}
+"""Distributions of adapters' parameters by a part of their names; no size means 1 / sqrt(inputs)."""
 
 RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
 
@@ -56,22 +66,33 @@ def initial_std(config: ModelConfig, name: str) -> float:
     return config.init_std
 
 
+def distribution(config: ModelConfig, name: str, shape: Sequence[int]) -> tuple[str, float]:
+    """Give what a parameter is drawn from: (constant, value), (normal, standard deviation) or (uniform, bound).
+
+    One factor of each of an adapter's products is zero, so that it starts as the base's own function; LoRA's A starts
+    as torch's linear layers do, like PEFT's.
+    """
+    for part, (kind, size) in _ADAPTERS.items():
+        if f".{part}" in name:
+            return kind, 1 / math.sqrt(shape[-1]) if size is None else size
+    if name.endswith("norm.weight"):
+        return "constant", 1.0
+    return ("constant", 0.0) if name.endswith(".bias") else ("normal", initial_std(config, name))
+
+
 def initial_rows(
     config: ModelConfig, seed: int, name: str, shape: Sequence[int], start: int, stop: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Draw rows start..stop (of dim 0) of the parameter `name`, whose whole shape is `shape`.
-
-    Norm weights are ones and biases zeros; everything else is normal with `initial_std`.
-    """
+    """Draw rows start..stop (of dim 0) of the parameter `name`, whose whole shape is `shape`, from its distribution."""
     assert 0 <= start <= stop <= shape[0], f"rows {start}..{stop} of {name}, which has {shape[0]}"
     rows = (stop - start, *shape[1:])
-    if name.endswith("norm.weight"):
-        return torch.ones(rows, dtype=dtype)
-    if name.endswith(".bias"):
-        return torch.zeros(rows, dtype=dtype)
+    kind, size = distribution(config, name, shape)
+    if kind == "constant":
+        return torch.full(rows, size, dtype=dtype)
     row_numel = math.prod(shape[1:])
-    values = _normals(seed, name, start * row_numel, stop * row_numel)
-    values *= initial_std(config, name)
+    words = _normals if kind == "normal" else _uniforms
+    values = words(seed, name, start * row_numel, stop * row_numel)
+    values *= size
     return torch.from_numpy(values).to(dtype).view(rows)
 
 
@@ -102,13 +123,22 @@ def fill_local(
 
 def _normals(seed: int, name: str, start: int, stop: int) -> np.ndarray:
     """Elements start..stop of the parameter's endless row of standard normals, in float64."""
+    return _drawn(seed, name, start, stop, lambda words: _inverse_normal(_open_uniform(words)))
+
+
+def _uniforms(seed: int, name: str, start: int, stop: int) -> np.ndarray:
+    """Elements start..stop of the parameter's endless row of uniforms in (-1, 1), in float64."""
+    return _drawn(seed, name, start, stop, lambda words: 2 * _open_uniform(words) - 1)
+
+
+def _drawn(seed: int, name: str, start: int, stop: int, values: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     key = np.frombuffer(hashlib.sha256(f"{seed}\n{name}".encode()).digest()[:16], dtype="<u8")
     generator = np.random.Philox(key=key, counter=start // WORDS_PER_COUNT)
     generator.random_raw(start % WORDS_PER_COUNT)
     out = np.empty(stop - start)
     for first in range(0, len(out), DRAWN_AT_ONCE):
         part = out[first : first + DRAWN_AT_ONCE]
-        part[:] = _inverse_normal(_open_uniform(generator.random_raw(len(part))))
+        part[:] = values(generator.random_raw(len(part)))
     return out
 
 

@@ -11,7 +11,6 @@ Sources: arXiv:2302.13971 (Llama), arXiv:1910.07467 (RMSNorm), arXiv:2002.05202 
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from models.attention import Attend, Backend, attention, attention_to_cache
+from models.linear import Embedding, Linear, Marks
 from models.rope import apply_rope, rope_table
 
 
@@ -42,31 +42,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         """Normalise the last dim."""
         return rms_norm(x, self.weight, self.eps)
-
-
-class _LookUp(torch.autograd.Function):
-    """Rows of a table; their gradients are added up in at least fp32."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.rows, ctx.dtype = weight.shape[0], weight.dtype
-        return F.embedding(tokens, weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        (tokens,) = ctx.saved_tensors
-        precise = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        return torch.ops.aten.embedding_dense_backward(precise, tokens, ctx.rows, -1, False).to(ctx.dtype), None
-
-
-class Embedding(nn.Embedding):
-    """Tokens to vectors. On CPUs torch adds bf16 gradients up in bf16, which loses most of a frequent token's."""
-
-    def forward(self, input: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq dim"]:
-        """Look up each token."""
-        on_cpu = self.weight.device.type == "cpu"
-        return _LookUp.apply(self.weight, input) if on_cpu else super().forward(input)  # pyright: ignore
 
 
 class LayerCache:
@@ -104,10 +79,10 @@ class Attention(nn.Module):
         # Context parallelism puts another function in its place.
         self.attend: Attend = partial(attention, backend=backend)
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.dim, kv_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.dim, kv_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(width, config.dim, bias=config.attention_bias)
+        self.q_proj = Linear(config.dim, width, bias=config.attention_bias)
+        self.k_proj = Linear(config.dim, kv_width, bias=config.attention_bias)
+        self.v_proj = Linear(config.dim, kv_width, bias=config.attention_bias)
+        self.o_proj = Linear(width, config.dim, bias=config.attention_bias)
 
     def forward(
         self,
@@ -116,16 +91,19 @@ class Attention(nn.Module):
         sin: Float[Tensor, "rows seq half"],
         documents: Int[Tensor, "batch seq"] | None = None,
         cache: LayerCache | None = None,
+        marks: Marks | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         """Mix values of earlier positions into each position."""
         batch, seq, _ = x.shape
         # -1 and not num_heads: tensor parallelism leaves each rank a part of the heads.
-        q = self.q_proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        k = self.k_proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        v = self.v_proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        q = self.q_proj(x, marks).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x, marks).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x, marks).view(batch, seq, -1, self.head_dim).transpose(1, 2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        k = k if self.k_proj.replaced is None else self.k_proj.replaced(self.k_proj, k, marks)
+        v = v if self.v_proj.replaced is None else self.v_proj.replaced(self.v_proj, v, marks)
         out = self.attend(q, k, v, documents) if cache is None else attention_to_cache(q, *cache.append(k, v))
-        return self.o_proj(out.transpose(1, 2).reshape(batch, seq, -1))
+        return self.o_proj(out.transpose(1, 2).reshape(batch, seq, -1), marks)
 
 
 class FeedForward(nn.Module):
@@ -134,13 +112,13 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         """Make the three projections."""
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
+        self.up_proj = Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
+        self.down_proj = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
-    def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
+    def forward(self, x: Float[Tensor, "batch seq dim"], marks: Marks | None = None) -> Float[Tensor, "batch seq dim"]:
         """Apply the gated unit to each position."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x, marks)) * self.up_proj(x, marks), marks)
 
 
 class Block(nn.Module):
@@ -161,10 +139,11 @@ class Block(nn.Module):
         sin: Float[Tensor, "rows seq half"],
         documents: Int[Tensor, "batch seq"] | None = None,
         cache: LayerCache | None = None,
+        marks: Marks | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         """Return the residual stream after this layer."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, documents, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, documents, cache, marks)
+        return x + self.mlp(self.post_attention_layernorm(x), marks)
 
 
 class Llama(nn.Module):
@@ -178,7 +157,7 @@ class Llama(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(i): Block(config, backend) for i in range(config.num_layers)})
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -192,13 +171,14 @@ class Llama(nn.Module):
         positions: Int[Tensor, "batch seq"] | None = None,
         documents: Int[Tensor, "batch seq"] | None = None,
         cache: dict[str, LayerCache] | None = None,
+        marks: Marks | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         """Return the hidden states after the final norm; `positions` start at 0 (after the cache) unless given."""
-        x = self.embed_tokens(tokens)
+        x = self.embed_tokens(tokens, marks)
         if positions is None:
             known = next(iter(cache.values())).length if cache else 0
             positions = torch.arange(known, known + tokens.shape[1], device=tokens.device)[None]
         cos, sin = rope_table(self.config, positions, x.dtype)
         for name, layer in self.layers.items():
-            x = layer(x, cos, sin, documents, cache[name] if cache else None)
+            x = layer(x, cos, sin, documents, cache[name] if cache else None, marks)
         return self.norm(x)

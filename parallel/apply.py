@@ -7,10 +7,13 @@ from torch import nn
 
 from configs.errors import ConfigError, problem
 from configs.schema import Config
+from models.adapters import attach
 from models.attention import Backend, why_not
 from models.llama import Block, Llama
+from models.quantized import quantize_frozen
 from parallel.context import context_attention
 from parallel.float8 import use_float8
+from parallel.frozen import fill_sites, frozen_parameters, hold_formats, trained_names
 from parallel.fsdp import DTYPES, parameter_device, shard
 from parallel.materialise import Fill, materialise
 from parallel.mesh import Layout
@@ -33,13 +36,22 @@ def build_model(config: Config, layout: Layout, fill: Fill) -> nn.Module:
     whole = join_stages(stages)
     # After sharding, so that a rank allocates and draws its shards only.
     materialise(whole, parameter_device(config.parallel, layout.device), fill)
+    members = [member.seed for member in config.adapter.members] or [-1]
+    fill_sites(whole, [config.run.seed if seed < 0 else seed for seed in members])
     return whole
 
 
 def _lay_out(stage: Llama, config: Config, layout: Layout) -> None:
     """Lay one stage out over the other axes, in place."""
     blocks = list(stage.layers.values())
-    # First, as it puts other modules in the place of the blocks' linear ones.
+    # First, so that adapters and codes are laid out as parts of the modules that they sit on.
+    with torch.device("meta"):
+        attach(stage, config.adapter)
+    hold_formats(stage, DTYPES[config.precision.compute], DTYPES[config.precision.master])
+    with torch.device("meta"):
+        quantize_frozen(stage, config.adapter.quantization)
+    trained = trained_names(stage)
+    # Before all that follows, as it puts other modules in the place of the blocks' linear ones.
     use_float8(blocks, config.precision.float8)
     # Before FSDP, which shards what is left of each matrix.
     if config.parallel.tp > 1:
@@ -56,7 +68,10 @@ def _lay_out(stage: Llama, config: Config, layout: Layout) -> None:
         for block in blocks:
             # Static: an evaluation of fewer sequences would otherwise make the training's graph one of any batch.
             block.compile(fullgraph=True, dynamic=False)
-    shard(stage, blocks, layout.shards, config.parallel, config.precision)
+    replicated = frozen_parameters(stage) if config.adapter.base == "replicated" else None
+    shard(stage, blocks, layout.shards, config.parallel, config.precision, replicated)
+    # Making matrices distributed ones has thawed them in other engines.
+    assert trained_names(stage) == trained, f"laying out changed what is trained: {trained ^ trained_names(stage)}"
 
 
 def attention_backend(config: Config, device: torch.device) -> Backend:

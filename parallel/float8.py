@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from configs.errors import ConfigError, problem
 from configs.schema import Config
+from models.linear import Marks
 
 _CAPABILITY = (8, 9)
 _MULTIPLE = 16
@@ -39,10 +40,20 @@ def use_float8(blocks: Sequence[nn.Module], kind: str, *, emulate: bool = False)
         Float8LinearConfig,
         convert_to_float8_training,
     )
+    from torchao.float8.float8_linear import Float8Linear  # pyright: ignore[reportMissingImports]
+
+    class Unmarked(Float8Linear):
+        """Called as the decoder's own projections are; no adapter is beside it."""
+
+        def forward(self, input: Tensor, marks: Marks | None = None) -> Tensor:
+            return super().forward(input)
 
     options = replace(Float8LinearConfig.from_recipe_name(kind), emulate=emulate)
     for block in blocks:
         convert_to_float8_training(block, config=options)
+        for module in block.modules():
+            if type(module) is Float8Linear:
+                module.__class__ = Unmarked
 
 
 def _problems(config: Config, kind: str, device: torch.device) -> Iterator[str]:

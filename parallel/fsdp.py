@@ -18,9 +18,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 def shard(
-    model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, config: ParallelConfig, formats: PrecisionConfig
+    model: nn.Module,
+    blocks: list[nn.Module],
+    mesh: DeviceMesh,
+    config: ParallelConfig,
+    formats: PrecisionConfig,
+    replicated: set[nn.Parameter] | None = None,
 ) -> None:
-    """Turn the parameters into shards over `mesh`: (fsdp), or (dp_replicate, fsdp); in place, once a stage."""
+    """Turn the parameters into shards over `mesh`: (fsdp), or (dp_replicate, fsdp); in place, once a stage.
+
+    `replicated` stay out, whole on each rank; the few others then make one group, gathered and reduced once a step.
+    """
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[formats.compute],
         reduce_dtype=DTYPES[formats.master],
@@ -31,16 +39,17 @@ def shard(
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.cpu_offload else OffloadPolicy()
     # One rank gathers from nobody: freeing its copy would only have it made twice a step.
     free = config.reshard_after_forward and mesh.size() > 1
-    for block in blocks:
+    groups = [] if replicated else blocks
+    for block in groups:
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=free)
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=replicated)
     if mesh.size() > 1:
-        for module in (*blocks, model):
+        for module in (*groups, model):
             group = cast(FSDPModule, module)
             group.set_gradient_divide_factor(1.0)
             # Without this FSDP asks for a scaled sum, which gloo doesn't have.
             group.set_force_sum_reduction_for_comms(True)
-    _prefetch(cast(list[FSDPModule], blocks), config.prefetch_blocks)
+    _prefetch(cast(list[FSDPModule], groups), config.prefetch_blocks)
 
 
 def parameter_device(config: ParallelConfig, device: torch.device) -> torch.device:

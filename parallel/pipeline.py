@@ -25,6 +25,7 @@ from configs.errors import LayoutError, problem
 from configs.layout import V_SCHEDULES, stages_per_rank
 from configs.schema import ModelConfig, ParallelConfig
 from models.flops import flops_per_token
+from models.linear import Marks
 from models.llama import Llama
 
 
@@ -36,9 +37,17 @@ class HeadCopy(nn.Module):
         super().__init__()
         self.weight = cast(nn.Parameter, weight)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, marks: Marks | None = None) -> Tensor:
         """Pass the hidden states on: tokens were looked up by the first stage."""
         return hidden
+
+
+class NoEmbedding(nn.Identity):
+    """What a later stage has in the place of the embedding: hidden states come in and go on."""
+
+    def forward(self, input: Tensor, marks: Marks | None = None) -> Tensor:
+        """Pass the hidden states on."""
+        return input
 
 
 class Stages(nn.Module):
@@ -156,7 +165,7 @@ def _stage(model: Llama, layers: range, *, first: bool, last: bool) -> Llama:
     if last and not first and model.config.tie_embeddings:
         stage.embed_tokens = HeadCopy(stage.lm_head.weight)  # pyright: ignore[reportAttributeAccessIssue]
     elif not first:
-        stage.embed_tokens = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+        stage.embed_tokens = NoEmbedding()  # pyright: ignore[reportAttributeAccessIssue]
     if not last:
         stage.norm = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
         stage.lm_head = None  # pyright: ignore[reportAttributeAccessIssue]

@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from configs.schema import ModelConfig
-from models.llama import Attention, Embedding, FeedForward, LayerCache, Llama, RMSNorm, rms_norm
+from models.linear import Embedding, Linear, Marks
+from models.llama import Attention, FeedForward, LayerCache, Llama, RMSNorm, rms_norm
 
 
 class Ranks(NamedTuple):
@@ -54,9 +55,9 @@ def split_tensors(model: Llama, mesh: DeviceMesh) -> None:
     _check(model.config, ranks.size)
     plan = PLAN | (MORE_RANKS_THAN_KV_HEADS if model.config.num_kv_heads % ranks.size else {})
     split: dict[nn.Parameter, nn.Parameter] = {}  # tied modules keep one parameter
-    for name, module in list(model.named_modules()):
+    for name, module in _planned(model):
         found = [style for pattern, style in plan.items() if fnmatchcase(name, pattern)]
-        own = dict(module.named_parameters(recurse=False))
+        own = dict(module.named_parameters(recurse=hasattr(module, "sides")))
         assert found or not own, f"{name} has parameters and no line in the plan"
         for style in found:
             if type(module) in style.kinds:
@@ -66,8 +67,28 @@ def split_tensors(model: Llama, mesh: DeviceMesh) -> None:
                 module.num_kv_heads = model.config.num_kv_heads
             for key, parameter in own.items():
                 if parameter not in split:
-                    split[parameter] = _part(parameter, mesh, style.placements[key])
-                module.register_parameter(key, split[parameter])
+                    split[parameter] = _part(parameter, mesh, _placement(module, key, style))
+                holder, _, last = key.rpartition(".")
+                module.get_submodule(holder).register_parameter(last, split[parameter])
+
+
+def _planned(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List the modules that the plan speaks of: what lies below a projection follows the projection."""
+    owners = [f"{name}." for name, module in model.named_modules() if hasattr(module, "sides")]
+    return [(name, part) for name, part in model.named_modules() if not name.startswith(tuple(owners))]
+
+
+def _placement(module: nn.Module, key: str, style: "Style") -> Placement:
+    """Give a parameter's placement; that of an adapter or of codes follows from the plan's line for the weight.
+
+    The side of the projection that the plan shards is sharded, whatever follows it; all else is replicated.
+    """
+    if not isinstance(module, Linear | Embedding) or key in style.placements:
+        return style.placements[key]
+    weight = style.placements["weight"]
+    sharded = module.sides["weight"][weight.dim] if isinstance(weight, Shard) else None
+    sides = module.sides[key]
+    return Shard(sides.index(sharded)) if sharded in sides and sharded is not None else Replicate()
 
 
 def vocabulary_shard(weight: Tensor) -> tuple[Tensor, VocabularyShard | None]:
@@ -199,13 +220,21 @@ class VocabularyEmbedding(Embedding):
 
     tp: Ranks
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, marks: Marks | None = None) -> Tensor:
         """(batch, seq) to (batch, seq/tp, dim)."""
-        weight = _local(self.weight)
-        found: Tensor = _LookUp.apply(  # pyright: ignore[reportAssignmentType]
-            weight, input, self.tp.index * weight.shape[0]
-        )
-        return scatter_sequence(found, self.tp)
+        return scatter_sequence(self.added_up(input, marks), self.tp)
+
+    def rows(self, table: Tensor, tokens: Tensor) -> Tensor:
+        """(batch, seq) to (batch, seq, width), zeros for the rows of other ranks."""
+        return _LookUp.apply(table, tokens, self.tp.index * table.shape[0])  # pyright: ignore[reportReturnType]
+
+    def held(self, parameter: Tensor) -> Tensor:
+        """Return this rank's part."""
+        return _local(parameter)
+
+    def once(self, tensor: Tensor) -> Tensor:
+        """Leave it to the first rank: what is found is summed over all."""
+        return tensor if self.tp.index == 0 else tensor * 0
 
 
 class SequenceNorm(RMSNorm):
@@ -232,11 +261,17 @@ class HeadsAttention(Attention):
     tp: Ranks
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None = None, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        documents: Tensor | None = None,
+        cache: LayerCache | None = None,
+        marks: Marks | None = None,
     ) -> Tensor:
         """Gather the positions once, for queries, keys and values."""
         assert cache is None, "generation doesn't run under tp"
-        return super().forward(gather_sequence(x, self.tp), cos, sin, documents)
+        return super().forward(gather_sequence(x, self.tp), cos, sin, documents, None, marks)
 
 
 class ColumnsFeedForward(FeedForward):
@@ -244,44 +279,67 @@ class ColumnsFeedForward(FeedForward):
 
     tp: Ranks
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, marks: Marks | None = None) -> Tensor:
         """Gather the positions once, for both factors."""
-        return super().forward(gather_sequence(x, self.tp))
+        return super().forward(gather_sequence(x, self.tp), marks)
 
 
-class ColumnLinear(nn.Linear):
-    """All positions to this rank's part of the outputs."""
+class ColumnLinear(Linear):
+    """All positions to this rank's part of the outputs: (batch, seq, in) to (batch, seq, out/tp)."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(batch, seq, in) to (batch, seq, out/tp)."""
-        return F.linear(input, _local(self.weight), None if self.bias is None else _local(self.bias))  # pyright: ignore[reportUnnecessaryComparison]
+    tp: Ranks
+
+    def held(self, parameter: Tensor) -> Tensor:
+        """Return this rank's part."""
+        return _local(parameter)
+
+    def first_output(self, count: int) -> int:
+        """Give the number of the first of this rank's outputs."""
+        return self.tp.index * count
 
 
-class SharedKeys(nn.Linear):
+class SharedKeys(ColumnLinear):
     """Keys or values of the one head that this rank's queries read: more ranks than KV heads hold them all whole."""
 
-    tp: Ranks
     num_kv_heads: int
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(batch, seq, in) to (batch, seq, head_dim)."""
+    def outputs(self, tensor: Tensor) -> Tensor:
+        """Pick the head's rows."""
         size = self.out_features // self.num_kv_heads
-        first = self.tp.index * self.num_kv_heads // self.tp.size * size
-        rows = slice(first, first + size)
-        bias = None if self.bias is None else _local(self.bias)[rows]  # pyright: ignore[reportUnnecessaryComparison]
-        return F.linear(input, _local(self.weight)[rows], bias)
+        first = self.first_output(size)
+        return tensor[first : first + size]
+
+    def first_output(self, count: int) -> int:
+        """Give the number of the head's first row."""
+        return self.tp.index * self.num_kv_heads // self.tp.size * count
 
 
-class RowLinear(nn.Linear):
-    """This rank's part of the inputs to the sum's positions of this rank."""
+class RowLinear(ColumnLinear):
+    """This rank's part of the inputs to the sum's positions of this rank: (batch, seq, in/tp) to (batch, seq/tp, out).
 
-    tp: Ranks
+    What is beside the weight multiplies the same inputs and joins the one sum.
+    """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(batch, seq, in/tp) to (batch, seq/tp, out)."""
-        out = scatter_sequence(F.linear(input, _local(self.weight)), self.tp)
+    def forward(self, input: Tensor, marks: Marks | None = None) -> Tensor:
+        """Project, sum over the ranks, and keep this rank's positions."""
+        out = scatter_sequence(self.added_up(input, marks, None), self.tp)
+        bias = self.own_bias()
         # After the sum: else it would be added once a rank.
-        return out if self.bias is None else out + _local(self.bias)  # pyright: ignore[reportUnnecessaryComparison]
+        out = out if bias is None else out + bias
+        return out if self.after is None else self.after(self, out)
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """Add up over the ranks."""
+        ops = torch.ops._c10d_functional
+        return ops.wait_tensor(ops.all_reduce(tensor, "sum", self.tp.group))
+
+    def first_input(self, width: int) -> int:
+        """Give the number of the first of this rank's inputs."""
+        return self.tp.index * width
+
+    def first_output(self, count: int) -> int:
+        """Give the number of the first output: all are computed here."""
+        return 0
 
 
 class Style(NamedTuple):
@@ -293,9 +351,9 @@ class Style(NamedTuple):
 
 EMBEDDING = Style({Embedding: VocabularyEmbedding}, {"weight": Shard(0)})
 NORM = Style({RMSNorm: SequenceNorm}, {"weight": Replicate()})
-COLUMN = Style({nn.Linear: ColumnLinear}, {"weight": Shard(0), "bias": Shard(0)})
-SHARED = Style({nn.Linear: SharedKeys}, {"weight": Replicate(), "bias": Replicate()})
-ROW = Style({nn.Linear: RowLinear}, {"weight": Shard(1), "bias": Replicate()})
+COLUMN = Style({Linear: ColumnLinear}, {"weight": Shard(0), "bias": Shard(0)})
+SHARED = Style({Linear: SharedKeys}, {"weight": Replicate(), "bias": Replicate()})
+ROW = Style({Linear: RowLinear}, {"weight": Shard(1), "bias": Replicate()})
 
 PLAN = {
     "embed_tokens": EMBEDDING,
@@ -312,7 +370,7 @@ PLAN = {
     "layers.*.mlp.down_proj": ROW,
     "norm": Style({RMSNorm: FinalNorm}, {"weight": Replicate()}),
     # The loss multiplies with its rows, see engine/loss.py.
-    "lm_head": Style({}, {"weight": Shard(0)}),
+    "lm_head": Style({Linear: ColumnLinear}, {"weight": Shard(0)}),
 }
 """Every module that tp changes, by a pattern of its name."""
 

@@ -118,6 +118,11 @@ class Checkpointer:
             self._ranks.close()
             raise
 
+    @property
+    def ranks(self) -> Ranks:
+        """The run's ranks in the checkpoint's own group, for what else is proved of files before a load."""
+        return self._ranks
+
     def __enter__(self) -> "Checkpointer":
         """Use as `with Checkpointer(...) as checkpointer:`, which closes it in any case."""
         return self

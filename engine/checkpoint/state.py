@@ -1,8 +1,8 @@
 """The state of a run as tensors by name: what is saved, its copy on the host, and where it is loaded to.
 
-`model.<name>` for parameters and persistent buffers, `optimizer.<name>.<key>` for what the optimizer keeps of each
-parameter; names are those of the bare model, whatever wraps it. Parameter groups are not state: lr is a function of
-the step, the rest is config. This file knows FSDP2 and optimizers; it knows nothing of files.
+`model.<name>` for trainable parameters and persistent buffers, `optimizer.<name>.<key>` for what the optimizer keeps of
+each parameter; names are those of the bare model, whatever wraps it. Parameter groups are not state: lr is a function
+of the step, the rest is config. This file knows FSDP2 and optimizers; it knows nothing of files.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,11 +27,14 @@ def canonical_name(name: str) -> str:
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters and persistent buffers by canonical name; tied ones once, under their first name."""
+    """Return what a run changes, by canonical name: trainable parameters, tied ones once, and persistent buffers.
+
+    Frozen parameters are the base's: they are filled from where it lies at every start, and are in no checkpoint.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):  # after an evaluation the root's parameters are still gathered
             module.reshard()
-    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    tensors: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     buffers = dict(model.named_buffers())
     if buffers:
         tensors |= {name: buffers[name] for name in model.state_dict() if name in buffers}

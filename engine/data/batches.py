@@ -3,12 +3,15 @@
 The global batch of step k (counted from 0) is samples k * G .. (k + 1) * G - 1 of the run; rank r of n takes the r-th
 of n equal slices, cut into microbatches. So there is no loader state: a run that resumes on another layout goes on with
 the same tokens. Held-out batches are the same sequences on any number of ranks, and no randomness is in them.
+
+Under objective `sft` the targets are the answers of examples, which are never cut and never see each other; a config or
+a store with which that can't be is refused.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -38,37 +41,67 @@ class Batch:
     """Attention stays within one number, which rises from 0 along a row; None where it doesn't care."""
     num_bytes: int
     """UTF-8 bytes of the text of all targets: exact, for bits per byte. An end-of-text token stands for none."""
+    places: Tensor | None = None
+    """The position's number in the run: sample * seq_len + place in the sequence; only where it was asked for."""
+    virtual: Tensor | None = None
+    """Number of the virtual token there, or -1; None where there are none."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device."""
 
-        def moved(tensor: Tensor) -> Tensor:
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
             # Pinned: a copy from other memory would wait for all that the device was told before it.
             host = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
             return host.to(device, non_blocking=True)
 
-        positions = None if self.positions is None else moved(self.positions)
-        documents = None if self.documents is None else moved(self.documents)
-        return Batch(moved(self.tokens), moved(self.targets), positions, documents, self.num_bytes)
+        return self._changed(moved, moved(self.documents), self.num_bytes)
 
-    def part(self, places: Tensor, *, counts_bytes: bool) -> "Batch":
-        """Return the positions `places` of every sequence, with their positions said; documents stay whole.
+    def part(self, held: Tensor, *, counts_bytes: bool) -> "Batch":
+        """Return the positions `held` of every sequence, with their positions said; documents stay whole.
 
         Of the ranks that share the sequences exactly one counts the bytes, which are known of whole batches only.
         """
-        positions = places.expand(self.tokens.shape[0], -1) if self.positions is None else self.positions[:, places]
-        num_bytes = self.num_bytes if counts_bytes else 0
-        return Batch(self.tokens[:, places], self.targets[:, places], positions, self.documents, num_bytes)
+
+        def chosen(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[:, held]
+
+        part = self._changed(chosen, self.documents, self.num_bytes if counts_bytes else 0)
+        positions = held.expand(self.tokens.shape[0], -1) if self.positions is None else part.positions
+        return replace(part, positions=positions)
+
+    def _changed(
+        self, change: Callable[[Tensor | None], Tensor | None], documents: Tensor | None, num_bytes: int
+    ) -> "Batch":
+        """Change every tensor but the documents."""
+        tokens, targets = change(self.tokens), change(self.targets)
+        assert tokens is not None and targets is not None, "what is there stays there"
+        positions, places, virtual = change(self.positions), change(self.places), change(self.virtual)
+        return Batch(tokens, targets, positions, documents, num_bytes, places, virtual)
 
 
 class Batches:
     """The batches of a run, cut from its token stores."""
 
-    def __init__(self, config: DataConfig, seed: int, split: Literal["train", "heldout"]) -> None:
-        """Open the stores; raises DataError when one is missing, damaged, too small, or of another tokenizer."""
-        if not config.stores:
-            raise DataError(problem("data.stores", "", "at least one token store is needed"))
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        split: Literal["train", "heldout"],
+        *,
+        objective: Literal["next_token", "sft"] = "next_token",
+        num_virtual_tokens: int = 0,
+        with_places: bool = False,
+    ) -> None:
+        """Open the stores; raises DataError when one is missing, damaged, too small, or of another tokenizer.
+
+        `num_virtual_tokens` are laid before each document or sequence, and `with_places` says of each position of the
+        training batches which one of the run it is. Objective sft wants stores of examples that fit into a sequence.
+        """
+        _check_laying(config, objective, num_virtual_tokens)
         self._config, self._seed, self._split = config, seed, split
+        self._objective, self._virtual, self._with_places = objective, num_virtual_tokens, with_places
         self.stores = [TokenStore.open(store.path) for store in config.stores]
         _check_same_tokenizer(self.stores)
         first = self.stores[0]
@@ -78,8 +111,15 @@ class Batches:
         self.vocab_size = max(store.tokenizer.vocab_size for store in self.stores)
         self.eos_id = first.tokenizer.eos_id
         self._mix = Mix.from_weights([store.weight for store in config.stores], seed)
-        self._sequences = [Sequences(store, split, config) for store in self.stores]
+        sft = objective == "sft"
+        self._sequences = [
+            Sequences(store, split, config, answers_only=sft, num_virtual_tokens=num_virtual_tokens)
+            for store in self.stores
+        ]
         self._check_lengths()
+        if sft:
+            for store, sequences in zip(self.stores, self._sequences, strict=True):
+                _check_examples(store, sequences, config.seq_len, num_virtual_tokens)
 
     @property
     def num_sequences(self) -> list[int]:
@@ -101,6 +141,10 @@ class Batches:
             "seed": self._seed,
             "split": self._split,
         }
+        if self._objective != "next_token":
+            content["objective"] = self._objective
+        if self._virtual:
+            content["virtual"] = self._virtual
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def microbatches(self, step: int, rank: int, num_ranks: int, micro_batch_size: int = 0) -> list[Batch]:
@@ -113,7 +157,10 @@ class Batches:
             raise DataError(problem(where, size, what))
         start = step * self._config.global_batch_size + rank * share
         chosen = self._locate(np.arange(start, start + share, dtype=np.int64))
-        return [self._batch(chosen[begin : begin + size]) for begin in range(0, share, size)]
+        return [
+            self._batch(chosen[begin : begin + size], first_sample=start + begin if self._with_places else None)
+            for begin in range(0, share, size)
+        ]
 
     def heldout_microbatches(
         self, rank: int, num_ranks: int, micro_batch_size: int = 0, max_sequences: int = 0
@@ -169,14 +216,23 @@ class Batches:
             for index in range(want)
         ]
 
-    def _batch(self, chosen: list[tuple[int, int]], rows: int = 0) -> Batch:
-        laid = Rows.padding(rows or len(chosen), self._config.seq_len, self.eos_id)
+    def _batch(self, chosen: list[tuple[int, int]], rows: int = 0, first_sample: int | None = None) -> Batch:
+        seq_len = self._config.seq_len
+        laid = Rows.padding(rows or len(chosen), seq_len, self.eos_id)
         for row, (store, sequence) in enumerate(chosen):
             self._sequences[store].lay(sequence, laid, row)
-        positions = torch.from_numpy(laid.positions) if self._config.document_positions else None
-        documents = torch.from_numpy(laid.documents) if self._config.document_mask else None
+        places = None
+        if first_sample is not None:
+            first = torch.arange(first_sample, first_sample + len(laid.tokens), dtype=torch.int64)[:, None]
+            places = first * seq_len + torch.arange(seq_len, dtype=torch.int64)
         return Batch(
-            torch.from_numpy(laid.tokens), torch.from_numpy(laid.targets), positions, documents, laid.num_bytes
+            tokens=torch.from_numpy(laid.tokens),
+            targets=torch.from_numpy(laid.targets),
+            positions=torch.from_numpy(laid.positions) if self._config.document_positions else None,
+            documents=torch.from_numpy(laid.documents) if self._config.document_mask else None,
+            num_bytes=laid.num_bytes,
+            places=places,
+            virtual=torch.from_numpy(laid.virtual) if self._virtual else None,
         )
 
     def _check_lengths(self) -> None:
@@ -191,8 +247,50 @@ class Batches:
             if count == 0:
                 tokens = store.split("train").num_tokens
                 what = f"has {tokens} tokens to train on, too few for one sequence of {seq_len}"
-                do = f"Add text, or use --data.seq_len {tokens - 1} or less." if tokens > 1 else "Add text."
+                most = tokens - 1 + self._virtual
+                do = f"Add text, or use --data.seq_len {most} or less." if tokens > 1 else "Add text."
                 raise DataError(problem(str(store.path), "", what, do=do))
+
+
+def _check_laying(config: DataConfig, objective: str, num_virtual_tokens: int) -> None:
+    """Refuse sequences that would cut what must stay whole, or mix what must stay apart."""
+    if not config.stores:
+        raise DataError(problem("data.stores", "", "at least one token store is needed"))
+    if num_virtual_tokens >= config.seq_len:
+        what = f"must be less than data.seq_len = {config.seq_len}"
+        raise DataError(problem("adapter.num_virtual_tokens", num_virtual_tokens, what, "they stand in the sequence"))
+    do = "Use --data.packing best_fit, or none."
+    if num_virtual_tokens and config.document_mask and config.packing == "concat":
+        why = "virtual tokens stand before each document, and the rest of a cut one would lack them"
+        raise DataError(problem("data.packing", config.packing, "excludes virtual tokens with document_mask", why, do))
+    if objective == "sft" and config.packing == "concat":
+        why = "it cuts examples wherever a sequence ends"
+        do = "Use --data.packing best_fit with --data.document_mask true, or --data.packing none."
+        raise DataError(problem("data.packing", config.packing, "excludes objective.kind = 'sft'", why, do))
+    if objective == "sft" and config.packing == "best_fit" and not config.document_mask:
+        why = "else they would see each other"
+        do = "Use --data.document_mask true, or --data.packing none."
+        raise DataError(problem("data.document_mask = false", "", "must be true to pack examples (objective.kind = 'sft')", why, do))
+
+
+def _check_examples(store: TokenStore, sequences: Sequences, seq_len: int, num_virtual_tokens: int) -> None:
+    """Refuse a store without marks, without a target, or with examples that don't fit."""
+    where = str(store.path)
+    if not store.has_answers:
+        why = "objective.kind = 'sft' learns answers only"
+        do = "Prepare it from examples, or with --format text to learn all of it, or use --objective.kind next_token."
+        raise DataError(problem(where, "", "doesn't say which tokens are answers", why, do))
+    if sequences.split.num_documents and not sequences.split.has_targets:
+        raise DataError(problem(where, "", "marks no token as an answer", "there is nothing to learn from it"))
+    if too_long := sequences.num_too_long:
+        room = seq_len - num_virtual_tokens
+        taken = f", of which {num_virtual_tokens} are virtual tokens'" if num_virtual_tokens else ""
+        what = f"{too_long} of {sequences.split.num_documents} examples are longer than a sequence of {seq_len}{taken}"
+        do = (
+            f"Use --data.seq_len {sequences.longest + num_virtual_tokens}, or prepare the store again with --seq-len "
+            f"{room} --on-long-example skip (or truncate)."
+        )
+        raise DataError(problem(where, "", what, f"the longest has {sequences.longest} tokens", do))
 
 
 def _shares(weights: np.ndarray, counts: list[int], total: int) -> list[int]:

@@ -1,7 +1,8 @@
-"""Raw records -> token ids, in worker processes, handed back in the order of the corpus.
+"""Raw records -> token ids and marks, in worker processes, handed back in the order of the corpus.
 
 One process reads, the workers decode, parse, hash and tokenize, and the caller writes. Chunks are given out and taken
 back in order with a bounded number under way: the result is the same for any number of workers, and memory stays flat.
+Records are texts, each a document; or, where the corpus holds any example, examples, whose answers are marked.
 """
 
 import functools
@@ -14,14 +15,18 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from configs.errors import DataError, problem
+from engine.data.answers import AnswerEncoder, find_template
+from engine.data.chat import ChatTemplate
+from engine.data.examples import Fields, to_example
 from engine.data.records import BadRecord, RawRecord, read_records, to_text
 from engine.data.sources import Corpus
 from engine.data.store import DTYPES
@@ -37,10 +42,17 @@ class Encoder:
     """All that a worker must know."""
 
     tokenizer: Path
-    eos_token: str
-    text_field: str
+    """Folder of a store: with its settings and chat template."""
+    fields: Fields
     dtype: str
-    bos: bool
+    bos: bool = False
+    marked: bool = False
+    """Records are examples."""
+    as_chat: bool = False
+    seq_len: int = 0
+    """Most tokens of an example; 0 for any number."""
+    truncate: bool = False
+    """A longer one is cut instead of being a bad record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +66,12 @@ class Encoded:
     """(documents) UTF-8 bytes of each."""
     hashes: npt.NDArray[np.uint64]
     """(documents) of the text."""
+    answers: npt.NDArray[np.bool_] | None
+    """(tokens) those of answers; None where records are texts."""
     bad: tuple[tuple[int, BadRecord], ...]
     """Bad records, each with the number of documents that come before it in this chunk."""
+    cut: tuple[tuple[int, BadRecord], ...]
+    """Examples that were too long and are shorter now, likewise."""
     inexact: int
     """Documents whose tokens don't stand for exactly their bytes."""
     disk_bytes: int
@@ -78,7 +94,7 @@ def num_workers(asked: int, corpus_bytes: int) -> int:
 
 def encode_corpus(corpus: Corpus, encoder: Encoder, workers: int) -> Generator[Encoded, None, None]:
     """Yield the encoded chunks of a corpus in order; with one worker everything happens in this process."""
-    chunks = _chunks(corpus, encoder.text_field)
+    chunks = _chunks(corpus, encoder.fields)
     if workers == 1:
         for chunk in chunks:
             yield encode_chunk(encoder, chunk)
@@ -101,44 +117,96 @@ def encode_corpus(corpus: Corpus, encoder: Encoder, workers: int) -> Generator[E
 
 def encode_chunk(encoder: Encoder, chunk: list[RawRecord]) -> Encoded:
     """Encode the records of a chunk."""
-    tokenizer, token_bytes, prefix_bytes = _tokenizer(encoder)
-    begin = [tokenizer.bos_id] if encoder.bos else []
-    documents: list[npt.NDArray[Any]] = []
-    sizes: list[int] = []
-    hashes: list[int] = []
+    tools = _tools(encoder)
+    documents: list[_Document] = []
     bad: list[tuple[int, BadRecord]] = []
-    inexact = 0
+    cut: list[tuple[int, BadRecord]] = []
     for record in chunk:
-        text = to_text(record, encoder.text_field)
-        if text is None:
-            continue
-        ids = tokenizer.encode(text) if isinstance(text, str) else []
-        if not ids:
-            where = f"{record.file.path}:{record.line}"
-            bad.append((len(documents), text if isinstance(text, BadRecord) else BadRecord("empty", where, "no token")))
-            continue
-        assert isinstance(text, str), "a bad record has no ids"
-        documents.append(np.array([*begin, *ids, tokenizer.eos_id], dtype=DTYPES[encoder.dtype]))
-        sizes.append(len(text.encode()))
-        hashes.append(text_hash(text))
-        inexact += int(token_bytes[documents[-1]].sum()) - prefix_bytes != sizes[-1]
+        found = _encode_example(encoder, tools, record) if encoder.marked else _encode_text(encoder, tools, record)
+        if isinstance(found, BadRecord):
+            bad.append((len(documents), found))
+        elif found is not None:
+            if found.cut is not None:
+                cut.append((len(documents), found.cut))
+            documents.append(found)
+    marks = chain.from_iterable(document.marks for document in documents)
     return Encoded(
-        tokens=np.concatenate(documents) if documents else np.zeros(0, dtype=DTYPES[encoder.dtype]),
-        lengths=np.array([len(ids) for ids in documents], dtype=np.int64),
-        num_bytes=np.array(sizes, dtype=np.int64),
-        hashes=np.array(hashes, dtype=np.uint64),
+        tokens=np.fromiter(chain.from_iterable(document.ids for document in documents), dtype=DTYPES[encoder.dtype]),
+        lengths=np.array([len(document.ids) for document in documents], dtype=np.int64),
+        num_bytes=np.array([document.num_bytes for document in documents], dtype=np.int64),
+        hashes=np.array([document.hash for document in documents], dtype=np.uint64),
+        answers=np.fromiter(marks, dtype=np.bool_) if encoder.marked else None,
         bad=tuple(bad),
-        inexact=inexact,
+        cut=tuple(cut),
+        inexact=sum(document.inexact for document in documents),
         disk_bytes=sum(record.disk_bytes for record in chunk),
     )
 
 
-def _chunks(corpus: Corpus, text_field: str) -> Iterator[list[RawRecord]]:
+class _Document(NamedTuple):
+    """A record that became tokens."""
+
+    ids: list[int]
+    marks: list[bool]
+    num_bytes: int
+    hash: int
+    inexact: bool
+    cut: BadRecord | None = None
+
+
+class _Tools(NamedTuple):
+    """What a worker loads once."""
+
+    tokenizer: Tokenizer
+    answers: AnswerEncoder
+    token_bytes: npt.NDArray[np.int64]
+    prefix_bytes: int
+
+    def size(self, ids: list[int]) -> int:
+        """Bytes that tokens stand for, without the space that the tokenizer puts before a text."""
+        return int(self.token_bytes[ids].sum()) - self.prefix_bytes
+
+
+def _encode_text(encoder: Encoder, tools: _Tools, record: RawRecord) -> _Document | BadRecord | None:
+    text = to_text(record, encoder.fields.text)
+    if not isinstance(text, str):
+        return text
+    ids = tools.tokenizer.encode(text)
+    if not ids:
+        return BadRecord("empty", f"{record.file.path}:{record.line}", "no token")
+    begin = [tools.tokenizer.bos_id] if encoder.bos and tools.tokenizer.bos_id is not None else []
+    ids = [*begin, *ids, tools.tokenizer.eos_id]
+    size = len(text.encode())
+    return _Document(ids, [], size, text_hash(text), tools.size(ids) != size)
+
+
+def _encode_example(encoder: Encoder, tools: _Tools, record: RawRecord) -> _Document | BadRecord | None:
+    example = to_example(record, encoder.fields)
+    if example is None or isinstance(example, BadRecord):
+        return example
+    where = f"{record.file.path}:{record.line}"
+    found = tools.answers.encode(example, where)
+    if isinstance(found, BadRecord):
+        return found
+    ids, marks, size = found
+    identity = text_hash(example if isinstance(example, str) else example.identity)
+    if not encoder.seq_len or len(ids) <= encoder.seq_len:
+        return _Document(ids, marks, size, identity, tools.size(ids) != size)
+    long = BadRecord("over_seq_len", where, f"an example of {len(ids)} tokens, more than --seq-len {encoder.seq_len}")
+    if not encoder.truncate:
+        return long
+    ids, marks = ids[: encoder.seq_len], marks[: encoder.seq_len]
+    if not any(marks[1:]):
+        return BadRecord("no_target", where, f"its answer begins behind --seq-len {encoder.seq_len}")
+    return _Document(ids, marks, max(0, tools.size(ids)), identity, False, long)
+
+
+def _chunks(corpus: Corpus, fields: Fields) -> Iterator[list[RawRecord]]:
     """Group records so that a chunk is worth the way to a worker."""
     chunk: list[RawRecord] = []
     size = 0
     for file in corpus.files:
-        for record in read_records(file, text_field):
+        for record in read_records(file, fields.text, fields.columns):
             chunk.append(record)
             size += len(record.data or b"") + 64
             if size >= CHUNK_BYTES:
@@ -149,10 +217,13 @@ def _chunks(corpus: Corpus, text_field: str) -> Iterator[list[RawRecord]]:
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(encoder: Encoder) -> tuple[Tokenizer, npt.NDArray[np.int64], int]:
-    """Load the tokenizer once a process."""
-    tokenizer = Tokenizer(encoder.tokenizer, encoder.eos_token)
-    return tokenizer, tokenizer.token_bytes().astype(np.int64), tokenizer.prefix_bytes()
+def _tools(encoder: Encoder) -> _Tools:
+    """Load the tokenizer, and a chat template if there is one, once a process."""
+    tokenizer = Tokenizer(encoder.tokenizer)
+    source = find_template(tokenizer, None) if encoder.marked else ""
+    template = ChatTemplate(source, str(encoder.tokenizer), tokenizer.named_tokens()) if source else None
+    answers = AnswerEncoder(tokenizer, template, encoder.bos, encoder.as_chat)
+    return _Tools(tokenizer, answers, tokenizer.token_bytes().astype(np.int64), tokenizer.prefix_bytes())
 
 
 def _start_worker() -> None:

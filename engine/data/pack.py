@@ -30,17 +30,26 @@ class Packing:
         return float(self.length.sum(dtype=np.int64)) / max(1, self.num_sequences * seq_len)
 
 
-def pack(offsets: npt.NDArray[np.uint64], seq_len: int) -> Packing:
-    """Pack documents `offsets[d] .. offsets[d + 1]` into sequences of seq_len tokens."""
-    start, length = _cut(offsets, seq_len)
+def pack(offsets: npt.NDArray[np.uint64], seq_len: int, before_each: int = 0) -> Packing:
+    """Pack documents `offsets[d] .. offsets[d + 1]` into sequences of seq_len tokens.
+
+    `before_each` tokens are kept free before each document.
+    """
+    start, length = _cut(offsets, seq_len - before_each)
     by_length = np.argsort(-length, kind="stable")
-    bins = _best_fit_decreasing(np.bincount(length, minlength=seq_len + 1), seq_len)
+    bins = _best_fit_decreasing(np.bincount(length + before_each, minlength=seq_len + 1), seq_len)
     # Stable: within a sequence the pieces stay in falling length, as they were laid in.
     by_bin = np.argsort(bins, kind="stable")
     order = by_length[by_bin]
     first = np.zeros(int(bins.max(initial=-1)) + 2, dtype=np.int64)
     np.cumsum(np.bincount(bins, minlength=len(first) - 1), out=first[1:])
     return Packing(first, start[order], length[order])
+
+
+def one_each(offsets: npt.NDArray[np.uint64], seq_len: int, before_each: int = 0) -> Packing:
+    """Give each document a sequence of its own, or several where it is longer."""
+    start, length = _cut(offsets, seq_len - before_each)
+    return Packing(np.arange(len(start) + 1, dtype=np.int64), start, length)
 
 
 def _cut(offsets: npt.NDArray[np.uint64], seq_len: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:

@@ -13,9 +13,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import ConfigError, DataError, problem
+from configs.errors import DataError, problem
 from configs.schema import StoreConfig
+from engine.data.answers import TEMPLATE, find_template
+from engine.data.chat import ChatTemplate
 from engine.data.encoding import Encoded, Encoder, encode_corpus, num_workers, text_hash
+from engine.data.examples import find_formats
+from engine.data.options import DEFAULT_HELDOUT, PrepareOptions, check_effects, check_options
 from engine.data.records import BadRecord
 from engine.data.sources import Corpus, find_files, listed_suffixes
 from engine.data.staging import refuse_existing, staged_folder
@@ -31,37 +35,12 @@ from engine.data.store import (
     smallest_dtype,
 )
 from engine.data.tokenizer import Tokenizer
-from engine.data.tokenizer_training import SAMPLE_BYTES_PER_TOKEN, check_vocab, sample_texts, train_tokenizer
-from engine.data.writer import SHARD_BYTES, SplitWriter
+from engine.data.tokenizer_training import SAMPLE_BYTES_PER_TOKEN, sample_texts, train_tokenizer
+from engine.data.writer import SplitWriter
 from engine.files import FileEntry, write_whole
 
 BAD_EXAMPLES = 20
 """Bad records that are kept by name; all are counted."""
-DEFAULT_HELDOUT = 0.01
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrepareOptions:
-    """What to prepare, and how."""
-
-    sources: tuple[str, ...]
-    out: Path
-    tokenizer: Path | None = None
-    train_tokenizer: int = 0
-    """Train a tokenizer of this many tokens instead of loading one."""
-    text_field: str = "text"
-    on_bad_record: Literal["fail", "skip"] = "fail"
-    heldout_fraction: float = DEFAULT_HELDOUT
-    """Share of the documents that is kept out of training; 0 keeps none."""
-    workers: int = 0
-    """Processes that tokenize; 0 takes one a core. The result doesn't depend on it."""
-    max_bytes: int = 0
-    """Stop before the document that would exceed this many bytes of text; 0 takes everything."""
-    eos_token: str = ""
-    bos: bool = False
-    """Begin each document with the begin-of-text token."""
-    dtype: Literal["auto", "uint16", "uint32"] = "auto"
-    shard_bytes: int = SHARD_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,26 +116,6 @@ def is_held_out(hashes: npt.NDArray[np.uint64] | int, fraction: float) -> npt.ND
 
 def _silent(progress: Progress) -> None:
     """Report to nobody."""
-
-
-def _check_options(options: PrepareOptions) -> None:
-    problems = []
-    if (options.tokenizer is None) == (options.train_tokenizer == 0):
-        do = "Give either --tokenizer FILE or --train-tokenizer VOCAB."
-        problems.append(problem("tokenizer", "", "exactly one way to get one is expected", do=do))
-    if options.train_tokenizer and options.eos_token:
-        why = "a trained tokenizer's is </s>"
-        problems.append(problem("--eos-token", options.eos_token, "goes with --tokenizer only", why))
-    if not 0 <= options.heldout_fraction < 1:
-        problems.append(problem("--heldout-fraction", options.heldout_fraction, "must be at least 0 and below 1"))
-    for name in ("workers", "max_bytes"):
-        if getattr(options, name) < 0:
-            where = f"--{name.replace('_', '-')}"
-            problems.append(problem(where, getattr(options, name), "must not be negative"))
-    if problems:
-        raise ConfigError(problems)
-    if options.train_tokenizer:
-        check_vocab(options.train_tokenizer)
 
 
 def _copy_tokenizer(options: PrepareOptions, corpus: Corpus, folder: Path, report: ProgressCallback) -> Tokenizer:

@@ -1,8 +1,9 @@
-"""Files -> raw records -> text, without ever holding a file whole.
+"""Files -> raw records -> text or fields, without ever holding a file whole.
 
 `read_records` runs in the one process that reads: it splits files into raw bytes, each with its place. `to_text` runs
-in the workers: it decodes, parses and judges. A record that holds no usable text is a BadRecord, with a kind to count
-and a place to look at; a file that can't be read as what it claims to be is a DataError.
+in the workers: it decodes, parses and judges; `to_fields` gives all that a record holds, for examples.py to judge. A
+record that holds nothing usable is a BadRecord, with a kind to count and a place to look at; a file that can't be read
+as what it claims to be is a DataError.
 """
 
 import difflib
@@ -10,15 +11,16 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast
 
 import zstandard
 
 from configs.errors import DataError, problem
-from engine.data.sources import SourceFile
+from engine.data.docstrings import read_docstrings
+from engine.data.sources import SourceFile, stdlib_files
 
 MAX_TEXT_BYTES = 8 << 20
 """A text file longer than this is read as several documents, cut at line ends: a tokenizer's memory is many times the
@@ -28,12 +30,15 @@ MAX_RECORD_BYTES = 64 << 20
 _READ_BYTES = 1 << 18
 _BOM = b"\xef\xbb\xbf"
 
-BadKind = Literal["broken_json", "missing_field", "not_text", "not_utf8", "empty", "too_long"]
+BadKind = Literal[
+    "broken_json", "missing_field", "not_text", "not_utf8", "empty", "too_long",
+    "no_target", "unmarked", "no_end", "template", "over_seq_len",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """A record without usable text."""
+    """A record without usable text, or an example that can't be trained on."""
 
     kind: BadKind
     where: str
@@ -55,11 +60,19 @@ class RawRecord(NamedTuple):
     """Bytes of the file on the disk that were read for it; they add up to the file's size."""
 
 
-def read_records(file: SourceFile, text_field: str) -> Iterator[RawRecord]:
-    """Yield the records of a file; raises DataError when it can't be read to its end."""
+def read_records(file: SourceFile, text_field: str, columns: Sequence[str] = ()) -> Generator[RawRecord, None, None]:
+    """Yield the records of a file; raises DataError when it can't be read to its end.
+
+    Of a parquet file the text column is read, or, where it holds examples, those of `columns` that it has: as JSON.
+    """
     try:
-        if file.kind == "parquet":
+        if file.kind == "parquet" and file.format != "text":
+            yield from _read_rows(file, columns)
+        elif file.kind == "parquet":
             yield from _read_parquet(file, text_field)
+        elif file.kind == "docstrings":
+            for source, line, data in read_docstrings(stdlib_files(), file.path):
+                yield RawRecord(replace(source, format=file.format), line, data, 0)
         elif file.kind == "jsonl":
             yield from _read_lines(file)
         else:
@@ -78,48 +91,65 @@ def to_text(record: RawRecord, text_field: str) -> str | BadRecord | None:
     return None if isinstance(found, BadRecord) and record.file.lenient else found
 
 
+def to_fields(record: RawRecord) -> dict[str, Any] | BadRecord | None:
+    """Return the fields of a record of examples, what is wrong with it, or None for what is no record at all."""
+    text = _decode(record)
+    found = text if not isinstance(text, str) else _load_fields(text, f"{record.file.path}:{record.line}")
+    return None if isinstance(found, BadRecord) and record.file.lenient else found
+
+
 def _parse(record: RawRecord, text_field: str) -> str | BadRecord | None:
-    file, line, data, _ = record
-    where = f"{file.path}:{line}"
-    if data is None:
-        if file.kind == "parquet":
-            return BadRecord("not_text", where, f"{text_field!r} is null")
-        return BadRecord("too_long", where, f"longer than {MAX_RECORD_BYTES >> 20} MiB")
-    if len(data) > MAX_RECORD_BYTES:
-        return BadRecord("too_long", where, f"longer than {MAX_RECORD_BYTES >> 20} MiB")
-    try:
-        text: Any = data.decode()
-    except UnicodeDecodeError as error:
-        if file.kind == "text":
-            line += data.count(b"\n", 0, error.start)
-            where = f"{file.path}:{line}"
-        return BadRecord("not_utf8", where, f"byte 0x{data[error.start]:02x} is not UTF-8")
-    if file.kind == "jsonl":
-        if not text.strip():
-            return None
+    where = f"{record.file.path}:{record.line}"
+    if record.data is None and record.file.kind == "parquet":
+        return BadRecord("not_text", where, f"{text_field!r} is null")
+    text = _decode(record)
+    if isinstance(text, str) and record.file.kind == "jsonl":
         text = _field(text, text_field, where)
     if isinstance(text, str) and not text.strip():
         return BadRecord("empty", where, "no text")
     return text
 
 
+def _decode(record: RawRecord) -> str | BadRecord | None:
+    """The record as a string; None for a blank line between records."""
+    file, line, data, _ = record
+    if data is None or len(data) > MAX_RECORD_BYTES:
+        return BadRecord("too_long", f"{file.path}:{line}", f"longer than {MAX_RECORD_BYTES >> 20} MiB")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start) if file.kind == "text" else 0
+        return BadRecord("not_utf8", f"{file.path}:{line}", f"byte 0x{data[error.start]:02x} is not UTF-8")
+    return None if file.kind == "jsonl" and not text.strip() else text
+
+
 def _field(line: str, text_field: str, where: str) -> str | BadRecord:
+    values = _load_fields(line, where, text_field)
+    return values if isinstance(values, BadRecord) else text_of(values, text_field, where)
+
+
+def _load_fields(line: str, where: str, wanted: str = "") -> dict[str, Any] | BadRecord:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
         return BadRecord("broken_json", where, f"not JSON ({error})")
     if not isinstance(values, dict):
-        return BadRecord("missing_field", where, f"not an object with {text_field!r}")
-    if text_field not in values:
+        return BadRecord("missing_field", where, f"not an object with {wanted!r}" if wanted else "not an object")
+    return values
+
+
+def text_of(values: dict[str, Any], field: str, where: str) -> str | BadRecord:
+    """Return the string that a field holds, or what is wrong with it."""
+    if field not in values:
         names = ", ".join(map(repr, list(values)[:8])) or "none"
-        return BadRecord("missing_field", where, f"field {text_field!r} is missing (fields: {names})")
-    text = values[text_field]
+        return BadRecord("missing_field", where, f"field {field!r} is missing (fields: {names})")
+    text = values[field]
     if not isinstance(text, str):
-        return BadRecord("not_text", where, f"field {text_field!r} is not a string but {json.dumps(text)[:40]}")
+        return BadRecord("not_text", where, f"field {field!r} is not a string but {json.dumps(text)[:40]}")
     try:
         text.encode()
     except UnicodeEncodeError:
-        return BadRecord("not_utf8", where, f"field {text_field!r} holds half of a surrogate pair")
+        return BadRecord("not_utf8", where, f"field {field!r} holds half of a surrogate pair")
     return text
 
 
@@ -233,6 +263,26 @@ def _read_parquet(file: SourceFile, text_field: str) -> Iterator[RawRecord]:
                     yield RawRecord(file, row, value, now - reported)
                     reported = now
     except pa.ArrowException as error:
+        why = str(error).splitlines()[0]
+        raise DataError(problem(str(file.path), "", "can't be read as parquet", why)) from None
+
+
+def _read_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[RawRecord]:
+    """Rows as JSON objects, as a line of .jsonl would hold them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file.path) as table:
+            rows, row, reported = max(1, table.metadata.num_rows), 0, 0
+            names = [name for name in table.schema_arrow.names if name in columns]
+            for batch in table.iter_batches(batch_size=256, columns=names):
+                for values in batch.to_pylist():
+                    row += 1
+                    now = file.size_bytes * row // rows
+                    yield RawRecord(file, row, json.dumps(values, default=str).encode(), now - reported)
+                    reported = now
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         why = str(error).splitlines()[0]
         raise DataError(problem(str(file.path), "", "can't be read as parquet", why)) from None
 

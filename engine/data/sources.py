@@ -1,8 +1,8 @@
 """Which files a corpus consists of, in an order that is the same on every machine.
 
-A source is a file, a folder (searched recursively) or the word `python-stdlib`. Records come from .jsonl, .jsonl.gz,
-.jsonl.zst and .parquet; any other file with a text suffix is one document. What a folder holds besides is left out and
-counted by suffix, so that nothing vanishes silently. Nothing is read here but names and sizes.
+A source is a file, a folder (searched recursively), or the word `python-stdlib` or `python-stdlib-docs`. Records come
+from .jsonl, .jsonl.gz, .jsonl.zst and .parquet; any other file with a text suffix is one document. What a folder holds
+besides is left out and counted by suffix, so that nothing vanishes silently. Nothing is read here but names and sizes.
 """
 
 import difflib
@@ -18,6 +18,8 @@ from typing import Literal
 from configs.errors import DataError, problem
 
 STDLIB = "python-stdlib"
+STDLIB_DOCS = "python-stdlib-docs"
+"""Questions and answers: what a function of the standard library does, and its documentation's first line."""
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 TEXT_SUFFIXES = frozenset(
     (
@@ -32,7 +34,9 @@ TEXT_SUFFIXES = frozenset(
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules", "site-packages"})
 _STDLIB_SKIPPED = _SKIPPED_FOLDERS | {"test", "tests", "idle_test", "dist-packages", "lib-dynload"}
 
-Kind = Literal["text", "jsonl", "parquet"]
+Kind = Literal["text", "jsonl", "parquet", "docstrings"]
+Format = Literal["text", "completion", "instruction", "messages"]
+FORMATS = ("text", "completion", "instruction", "messages")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,8 @@ class SourceFile:
     """On the disk, so compressed where the file is."""
     lenient: bool = False
     """The user didn't choose this file (python-stdlib): what isn't text is passed over and not called a bad record."""
+    format: Format = "text"
+    """What its records hold: a text, or an example of one of the formats of examples.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +112,10 @@ def kind_of(path: Path) -> Kind | None:
 def _expand(source: str, left_out: Counter[str]) -> Iterator[SourceFile]:
     path = Path(source)
     if source == STDLIB:
-        yield from _stdlib_files()
+        yield from stdlib_files(source)
+    elif source == STDLIB_DOCS:
+        size = sum(file.size_bytes for file in stdlib_files(source))
+        yield SourceFile(_stdlib_root(source), "docstrings", size, lenient=True, format="completion")
     elif path.is_dir():
         for file in _walk(path, _SKIPPED_FOLDERS):
             kind = kind_of(file)
@@ -125,12 +134,16 @@ def _expand(source: str, left_out: Counter[str]) -> Iterator[SourceFile]:
         raise DataError(problem(source, "", "no such file or folder", do=_nearest(source)))
 
 
-def _stdlib_files() -> Iterator[SourceFile]:
-    """Python's own modules without their tests: about 12 MB of real text that every machine has."""
+def _stdlib_root(source: str) -> Path:
     root = Path(sysconfig.get_path("stdlib"))
     if not root.is_dir():
-        raise DataError(problem(STDLIB, "", f"{sys.executable} has no standard library at {root}"))
-    for file in _walk(root, _STDLIB_SKIPPED):
+        raise DataError(problem(source, "", f"{sys.executable} has no standard library at {root}"))
+    return root
+
+
+def stdlib_files(source: str = STDLIB) -> Iterator[SourceFile]:
+    """List Python's own modules without their tests: about 12 MB of real text that every machine has."""
+    for file in _walk(_stdlib_root(source), _STDLIB_SKIPPED):
         if file.suffix == ".py":
             yield SourceFile(file, "text", file.stat().st_size, lenient=True)
 
@@ -159,7 +172,7 @@ def _nearest(source: str) -> str:
     close = difflib.get_close_matches(path.name, names, n=1)
     if close:
         return f"Did you mean {str(folder / close[0])!r}?"
-    close = difflib.get_close_matches(source, [STDLIB], n=1)
+    close = difflib.get_close_matches(source, [STDLIB, STDLIB_DOCS], n=1)
     return f"Did you mean {close[0]!r}?" if close else ""
 
 

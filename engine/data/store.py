@@ -8,6 +8,7 @@
                            the last hold `shard_tokens`, so a token is found by division
       offsets.bin          uint64 (documents + 1): first token of each document, and the end
       bytes.bin            uint32 (documents): UTF-8 bytes of each document
+      answers.bin          uint8 (tokens): 1 where the token is an answer's; in stores of examples only
 
 All numbers are little-endian. Opening compares every size with the manifest, so that a truncated file can't end the
 process later by SIGBUS under its mapping; `verify="full"` hashes every byte. Written by prepare.py.
@@ -32,6 +33,7 @@ TOKENIZER = "tokenizer"
 TOKEN_BYTES = "token_bytes.bin"
 OFFSETS = "offsets.bin"
 DOCUMENT_BYTES = "bytes.bin"
+ANSWERS = "answers.bin"
 SPLITS = ("train", "heldout")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
@@ -103,6 +105,8 @@ class Split:
         self.num_documents, self.num_tokens, self.num_bytes = entry.documents, entry.tokens, entry.bytes
         self.offsets: npt.NDArray[np.uint64] = _map(folder / OFFSETS, np.dtype("<u8"), entry.documents + 1)
         self.document_bytes: npt.NDArray[np.uint32] = _map(folder / DOCUMENT_BYTES, np.dtype("<u4"), entry.documents)
+        marked = ANSWERS in entry.files
+        self._answers = _map(folder / ANSWERS, np.dtype("u1"), entry.tokens) if marked else None
         self._shard_tokens, self._dtype = shard_tokens, DTYPES[dtype]
         self._shards = [
             _map(folder / shard_name(index), self._dtype, min(shard_tokens, entry.tokens - index * shard_tokens))
@@ -119,6 +123,17 @@ class Split:
             out[filled : filled + len(piece)] = piece
             start, filled = start + len(piece), filled + len(piece)
         return out
+
+    @property
+    def has_targets(self) -> bool:
+        """Say whether any token is marked as an answer's."""
+        return self._answers is not None and bool(self._answers.any())
+
+    def read_answers(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Copy which of tokens start..stop-1 are an answer's (tokens); the store must have marks."""
+        assert self._answers is not None, "a store without marks"
+        assert 0 <= start <= stop <= self.num_tokens, f"tokens {start}..{stop} of {self.num_tokens}"
+        return self._answers[start:stop] != 0
 
 
 class TokenStore:
@@ -149,6 +164,11 @@ class TokenStore:
     def split(self, name: SplitName) -> Split:
         """Return the train or the held-out documents."""
         return self._splits[name]
+
+    @property
+    def has_answers(self) -> bool:
+        """Say whether it is a store of examples, whose answers are marked."""
+        return ANSWERS in self.manifest.splits["train"].files
 
     def token_bytes(self) -> npt.NDArray[np.uint16]:
         """Read the UTF-8 bytes of each token (vocab)."""
@@ -244,6 +264,8 @@ def _build(content: dict[str, Any]) -> StoreManifest:
         for index in range(num_shards(split.tokens, manifest.shard_tokens)):
             tokens = min(manifest.shard_tokens, split.tokens - index * manifest.shard_tokens)
             sizes[shard_name(index)] = item * tokens
+        if ANSWERS in splits["train"].files:
+            sizes[ANSWERS] = split.tokens
         if sizes != {file: entry.size for file, entry in split.files.items()}:
             raise ValueError(f"files of {name} and its counts disagree")
     if manifest.fingerprint != content["fingerprint"]:

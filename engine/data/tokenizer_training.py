@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from configs.errors import ConfigError, DataError, problem
-from engine.data.records import read_records, to_text
+from engine.data.examples import Fields, sample_text
+from engine.data.records import read_records
 from engine.data.sources import Corpus
 
 SAMPLE_BYTES_PER_TOKEN = 2048
@@ -68,11 +69,11 @@ def check_vocab(vocab_size: int) -> None:
 
 
 def sample_texts(
-    corpus: Corpus, text_field: str, budget_bytes: int, max_bytes: int, wanted: Callable[[str], bool]
+    corpus: Corpus, fields: Fields, budget_bytes: int, max_bytes: int, wanted: Callable[[str], bool]
 ) -> Iterator[str]:
     """Yield documents of about `budget_bytes` in all, spread evenly over the first `max_bytes` (0: all) of the corpus.
 
-    Documents that are not `wanted` are passed over. After each file the sample holds the same share of what was passed:
+    Documents that are not `wanted`, by their text or what tells an example apart, are passed over. After each file the sample holds the same share of what was passed:
     of small files every so many is taken whole, of a large one its beginning.
     """
     total = corpus.size_bytes
@@ -82,11 +83,11 @@ def sample_texts(
     taken = passed = 0
     for file in corpus.files:
         goal = share * min(passed + file.size_bytes, total)
-        for record in read_records(file, text_field):
+        for record in read_records(file, fields.text, fields.columns):
             if taken >= goal:
                 break
-            text = to_text(record, text_field)
-            if isinstance(text, str) and wanted(text):
+            text, identity = sample_text(record, fields)
+            if text and wanted(identity):
                 text = text[: max(_PIECE_CHARS, budget_bytes - taken)]
                 taken += len(text)
                 yield text

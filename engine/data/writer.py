@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.store import DOCUMENT_BYTES, DTYPES, OFFSETS, SplitEntry, shard_name
+from engine.data.store import ANSWERS, DOCUMENT_BYTES, DTYPES, OFFSETS, SplitEntry, shard_name
 from engine.files import FileEntry
 
 SHARD_BYTES = 1 << 30
@@ -21,22 +21,31 @@ SHARD_BYTES = 1 << 30
 class SplitWriter:
     """Writes the documents of a split into a new folder."""
 
-    def __init__(self, folder: Path, dtype: str, shard_tokens: int) -> None:
-        """Begin; the folder must not exist."""
+    def __init__(self, folder: Path, dtype: str, shard_tokens: int, *, with_answers: bool = False) -> None:
+        """Begin; the folder must not exist. `with_answers` also writes which tokens are an answer's."""
         folder.mkdir()
         self._folder, self._dtype, self._shard_tokens = folder, DTYPES[dtype], shard_tokens
         self._offsets = _HashedFile(folder / OFFSETS)
         self._bytes = _HashedFile(folder / DOCUMENT_BYTES)
+        self._answers = _HashedFile(folder / ANSWERS) if with_answers else None
         self._shard: _HashedFile | None = None
         self._entries: dict[str, FileEntry] = {}
         self.documents = self.tokens = self.num_bytes = 0
         self._offsets.write(np.zeros(1, dtype="<u8"))
 
     def append(
-        self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64], num_bytes: npt.NDArray[np.int64]
+        self,
+        tokens: npt.NDArray[Any],
+        lengths: npt.NDArray[np.int64],
+        num_bytes: npt.NDArray[np.int64],
+        answers: npt.NDArray[np.bool_] | None = None,
     ) -> None:
-        """Add documents: their tokens end to end, and the tokens and bytes of each (documents)."""
+        """Add documents: their tokens and marks end to end, and the tokens and bytes of each (documents)."""
         assert len(tokens) == int(lengths.sum()), "every token belongs to a document"
+        assert (answers is None) == (self._answers is None), "marks are for all documents or for none"
+        if self._answers is not None and answers is not None:
+            assert len(answers) == len(tokens), "every token is marked or not"
+            self._answers.write(answers.astype("u1"))
         ends = self.tokens + np.cumsum(lengths)
         self._offsets.write(ends.astype("<u8"))
         self._bytes.write(num_bytes.astype("<u4"))
@@ -49,11 +58,13 @@ class SplitWriter:
         self._end_shard()
         self._entries[OFFSETS] = self._offsets.finish()
         self._entries[DOCUMENT_BYTES] = self._bytes.finish()
+        if self._answers is not None:
+            self._entries[ANSWERS] = self._answers.finish()
         return SplitEntry(self.documents, self.tokens, self.num_bytes, self._entries)
 
     def close(self) -> None:
         """Let go of the files, finished or not."""
-        for file in (self._offsets, self._bytes, self._shard):
+        for file in (self._offsets, self._bytes, self._answers, self._shard):
             if file is not None:
                 file.close()
 

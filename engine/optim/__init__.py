@@ -22,6 +22,8 @@ from engine.optim.muon import Muon
 _FUSED_DEVICES = frozenset({"cuda", "cpu"})
 UNHIDDEN = ("embed_tokens", "lm_head")
 """Modules whose matrices map tokens, not activations: Muon leaves them to AdamW (kellerjordan.github.io/posts/muon)."""
+LORA_B = {"lora_B", "lora_embedding_B"}
+"""Parts of the names of what LoRA+ trains faster (arXiv:2402.12354, section 5)."""
 STATE_TENSORS = {"adamw": (2, 2), "muon": (1, 2), "lion": (1, 1), "apex": (2, 2)}
 """Tensors of a parameter's shape and dtype that are kept for each hidden matrix, and for each other parameter."""
 
@@ -36,13 +38,18 @@ class _Trainable:
     """Hidden matrices and all other parameters of two or more dimensions."""
     undecayed: list[nn.Parameter]
     """Norms and biases."""
+    faster: frozenset[int]
+    """Ids of LoRA's B, whose learning rate is `ratio` times the others' (LoRA+)."""
+    ratio: float
 
     def groups(self, weight_decay: float, without: Sequence[nn.Parameter] = ()) -> list[dict[str, object]]:
         """Make the parameter groups; none is empty."""
         left_out = {id(parameter) for parameter in without}
         decayed = [parameter for parameter in self.decayed if id(parameter) not in left_out]
+        faster = [parameter for parameter in decayed if id(parameter) in self.faster]
         groups = [
-            {"params": decayed, "weight_decay": weight_decay},
+            {"params": [p for p in decayed if id(p) not in self.faster], "weight_decay": weight_decay},
+            {"params": faster, "weight_decay": weight_decay, "lr_ratio": self.ratio},
             {"params": self.undecayed, "weight_decay": 0.0},
         ]
         return [group for group in groups if group["params"]]
@@ -53,7 +60,7 @@ class _Trainable:
         return all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in self.decayed + self.undecayed)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, lora_plus_ratio: float = 1.0) -> torch.optim.Optimizer:
     """Build the optimizer of the parameters that require gradients; raise ConfigError where there are none.
 
     Build it after sharding: its state takes each parameter's type, placement and dtype. A tied weight counts once.
@@ -66,15 +73,17 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         hidden=[p for name, p in named if p.ndim == 2 and id(p) not in unhidden and not _is_unhidden(name)],
         decayed=[p for _, p in named if p.ndim >= 2],
         undecayed=[p for _, p in named if p.ndim < 2],
+        faster=frozenset(id(p) for name, p in named if lora_plus_ratio != 1.0 and LORA_B & set(name.split("."))),
+        ratio=lora_plus_ratio,
     )
     assert config.kind in _BUILDERS, f"optim.kind = {config.kind!r} is refused by configs/check.py"
     return _BUILDERS[config.kind](trainable, config)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of the next step, for every group."""
+    """Set the learning rate of the next step, for every group; a group may have it multiplied."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
 
 
 def _is_unhidden(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -9,11 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from configs.adapters import AdapterConfig
 from configs.check import check, resolve
 from configs.errors import ConfigError
 from configs.fields import has_none, section_of
 from configs.load import config_from_dict, config_hash, config_to_dict, load_config, to_toml
 from configs.schema import Config
+from configs.targets import adapted_modules, trained_parameters
 
 TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=12)
 SCALARS: dict[Any, st.SearchStrategy[Any]] = {
@@ -73,6 +76,26 @@ def test_any_config_is_resolved_or_refused_with_problems(config: Config, world_s
         assert set(check(config)) <= set(error.problems)
     else:
         assert resolve(resolved, world_size) == resolved
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    adapter=sections(AdapterConfig),
+    kind=st.sampled_from(["lora", "lora", "freeze"]),
+    words=st.lists(st.sampled_from(["all-linear", "q_proj", "*.mlp.*", "lm_head", "embed_tokens", "layers.1.*", "["])),
+)
+def test_any_adapter_of_a_sound_run_is_taken_or_refused(adapter: AdapterConfig, kind: Any, words: list[str]) -> None:
+    debug = load_config(Path("debug"), [])
+    name = {"lora": "targets", "freeze": "trainable"}[kind]
+    sparse = replace(AdapterConfig(kind=kind), **{name: tuple(words)})
+    for one in (adapter, replace(adapter, kind=kind), sparse):
+        try:
+            resolved = resolve(replace(debug, adapter=one), 2)
+        except ConfigError as error:
+            assert error.problems
+        else:
+            trained = trained_parameters(resolved.model, one)
+            assert adapted_modules(resolved.model, one) or trained or one.kind in ("bottleneck", "prefix", "prompt")
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,6 +12,7 @@ from configs.errors import ConfigError
 from configs.load import load_config
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+PRESET = {path.stem: path for path in PRESETS}
 DEGREE = st.sampled_from([1, 1, 1, 2, 3, 4, 6, 8, 16])
 DEGREES = st.fixed_dictionaries({axis: DEGREE for axis in ("dp_replicate", "cp", "tp", "pp")})
 REMEDY = re.compile(r"\. (Use|Set|Start|Raise|Remove|Leave) .+\.$")
@@ -28,10 +29,13 @@ def problems(preset: Path, ranks: int, overrides: dict[str, Any]) -> list[str]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(PRESETS), st.sampled_from([1, 2, 6, 8, 64, 512, 4096]), DEGREES)
-@example(next(path for path in PRESETS if path.stem == "llama-3.1-70b"), 64, dict(dp_replicate=1, cp=1, tp=16, pp=1))
-def test_degrees_are_taken_or_answered(preset: Path, ranks: int, degrees: dict[str, int]) -> None:
-    overrides = {f"parallel.{axis}": degree for axis, degree in degrees.items()}
+@given(st.sampled_from(PRESETS), st.sampled_from([1, 2, 6, 8, 64, 512, 4096]), DEGREES, st.booleans())
+@example(PRESET["llama-3.1-70b"], 64, dict(dp_replicate=1, cp=1, tp=16, pp=1), False)
+@example(PRESET["debug"], 8, dict(dp_replicate=1, cp=1, tp=4, pp=1), True)
+def test_degrees_are_taken_or_answered(preset: Path, ranks: int, degrees: dict[str, int], quantized: bool) -> None:
+    overrides: dict[str, Any] = {f"parallel.{axis}": degree for axis, degree in degrees.items()}
+    if quantized:
+        overrides |= {"adapter.kind": "lora", "adapter.quantization": "nf4"}
     overrides["data.global_batch_size"] = 8 * ranks
     found = problems(preset, ranks, overrides)
     for text in found:

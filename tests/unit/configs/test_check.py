@@ -26,8 +26,9 @@ def test_a_sound_config_has_no_problems(file: Path) -> None:
 
 
 def refusals() -> list[tuple[int, str, str]]:
-    """Read refusals.txt: ranks, overrides, problem."""
-    lines = (Path(__file__).parent / "refusals.txt").read_text().splitlines()
+    """Read the refusals beside this file: ranks, overrides, problem."""
+    files = sorted(Path(__file__).parent.glob("refusals*.txt"))
+    lines = [line for file in files for line in file.read_text().splitlines()]
     cases = [line for line in lines if line and not line.startswith("#")]
     firsts = [line.partition(" ") for line in cases[::2]]
     return [(int(n), words, text.strip()) for (n, _, words), text in zip(firsts, cases[1::2], strict=True)]
@@ -67,6 +68,19 @@ def test_resolve_fills_what_is_derived_and_nothing_else(file: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["lora", "bottleneck", "prefix", "prompt", "bitfit"])
+def test_what_trains_little_reduces_its_gradients_once_a_step(file: Path, kind: str) -> None:
+    words = f"--adapter.kind {kind} --model.attention_bias true --data.micro_batch_size 2".split()
+    resolved = resolve(load_config(file, words), 2)
+    assert resolved.parallel.accumulate == "unsharded"
+    assert resolve(resolved, 2) == resolved
+    # Where a rank computes its share at once there is nothing to accumulate.
+    assert resolve(load_config(file, words), 4).parallel.accumulate == "sharded"
+    whole = [*words, "--adapter.kind=freeze", "--adapter.last_layers", "1"]
+    del whole[:2]
+    assert resolve(load_config(file, whole), 2).parallel.accumulate == "sharded"
+
+
 def test_values_given_are_kept_by_resolve(file: Path) -> None:
     words = "--model.num_kv_heads 2 --model.head_dim 32 --parallel.dp_shard 2 --data.micro_batch_size 1"
     resolved = resolve(load_config(file, words.split()), 2)
@@ -85,16 +99,20 @@ def test_every_number_has_a_range_and_every_range_a_number() -> None:
 
 
 def test_numbers_reach_into_tables_and_lists(file: Path) -> None:
-    keys = [key for key, _ in numbers(load_config(file, ["--model.rope_scaling", "{}"]))]
+    words = ["--model.rope_scaling", "{}", "--adapter.members.0.name", "a"]
+    words += ["--adapter.overrides.0.targets", "[]", "--adapter.overrides.0.rank", "1"]
+    keys = [key for key, _ in numbers(load_config(file, words))]
     assert "data.stores.0.weight" in keys
     assert {re.sub(r"\.0\.", ".N.", key) for key in keys} == set(RANGES)
 
 
 def test_missing_files_are_named_with_what_to_do(file: Path) -> None:
     words = ["--data.stores.1.path", "b", "--data.stores.1.tokenizer", "t.model", "--model.init_from", "hf"]
-    words += ["--data.stores.1.sources", '["python-stdlib", "texts"]']
+    words += ["--data.stores.1.sources", '["python-stdlib", "texts"]', "--adapter.init_from", "peft"]
     assert missing_files(load_config(file, words)) == [
         "model.init_from = 'hf': no Hugging Face model there. Give a folder with config.json and *.safetensors.",
+        "adapter.init_from = 'peft': no PEFT adapter there. Give a folder with adapter_config.json and "
+        "adapter_model.safetensors.",
         "data.stores.0.path = 'data/x': no such token store. Make it with tools/prepare.py, or set "
         "data.stores.0.sources and a tokenizer.",
         "data.stores.1.sources = 'texts': no such file or folder.",
@@ -104,6 +122,8 @@ def test_missing_files_are_named_with_what_to_do(file: Path) -> None:
     Path("b").mkdir()
     Path("hf").mkdir()
     Path("hf/config.json").touch()
+    Path("peft").mkdir()
+    Path("peft/adapter_config.json").touch()
     assert missing_files(load_config(file, words)) == []
 
 

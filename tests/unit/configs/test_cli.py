@@ -78,7 +78,7 @@ def test_help_is_grouped_by_section(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(capsys, "--help")
     assert text.startswith("usage: launchers/train.py CONFIG [--section.field VALUE ...]\n")
     assert re.findall(r"^\[(\w+)\] ", text, re.M) == [
-        "run", "model", "data", "objective", "optim", "lr", "parallel", "recompute", "precision", "compile",
+        "run", "model", "data", "adapter", "objective", "optim", "lr", "parallel", "recompute", "precision", "compile",
         "checkpoint", "metrics", "eval", "fault",
     ]  # fmt: skip
 

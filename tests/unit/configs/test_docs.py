@@ -46,5 +46,5 @@ def test_the_errors_shown_are_those_printed(command: str, shown: list[str]) -> N
     assert caught.value.problems == shown
 
 
-def test_the_page_shows_both_kinds_of_errors() -> None:
-    assert len(shown_errors()) == 2
+def test_the_page_shows_errors_of_types_of_values_and_of_names() -> None:
+    assert len(shown_errors()) == 3

@@ -43,6 +43,7 @@ def test_a_sound_file_loads_with_its_values_and_the_defaults(file: Path) -> None
             "x.toml: optim.every_steps: unknown key; did you mean checkpoint.every_steps, metrics.every_steps or "
             "eval.every_steps?",
         ),
+        ("[compile]\nrank = 8", "x.toml: compile.rank: unknown key; did you mean adapter.rank?"),
         ("[optimizer]\nlr = 1", "x.toml: optimizer: unknown key; did you mean optim?"),
         (
             "[compile]\nzzz = 1",
@@ -50,8 +51,8 @@ def test_a_sound_file_loads_with_its_values_and_the_defaults(file: Path) -> None
         ),
         (
             "[zzz]\nlr = 1",
-            "x.toml: zzz: unknown key. The sections are run, model, data, objective, optim, lr, parallel, recompute, "
-            "precision, compile, checkpoint, metrics, eval and fault.",
+            "x.toml: zzz: unknown key. The sections are run, model, data, adapter, objective, optim, lr, parallel, "
+            "recompute, precision, compile, checkpoint, metrics, eval and fault.",
         ),
         ("weigth = 2.0", "x.toml: data.stores.0.weigth: unknown key; did you mean data.stores.0.weight?"),
     ],

@@ -36,6 +36,14 @@ def test_a_resumed_run_may_change_what_does_not_make_the_run(file: Path) -> None
         ("--data.document_mask true", ["data.document_mask: the checkpoint has false, the config true"]),
         ("--data.stores.1.path b", ["data.stores: the checkpoint has 1 of them, the config 2 of them"]),
         ("--data.stores.0.weight 2", ["data.stores.0.weight: the checkpoint has 1.0, the config 2.0"]),
+        ("--adapter.kind lora --adapter.targets [\"q_proj\"]", [
+            'adapter.kind: the checkpoint has "none", the config "lora"',
+            'adapter.targets: the checkpoint has ["all-linear"], the config ["q_proj"]',
+        ]),
+        ("--adapter.kind lora --adapter.members [{name=\"a\"},{name=\"b\"}]", [
+            'adapter.kind: the checkpoint has "none", the config "lora"',
+            "adapter.members: the checkpoint has [], the config 2 of them",
+        ]),
         ("--model.rope_scaling {factor=4}", [
             "model.rope_scaling: the checkpoint has none, the config {factor = 4.0, low_freq_factor = 1.0, "
             "high_freq_factor = 4.0, original_max_seq_len = 8192}",
@@ -51,6 +59,20 @@ def test_rope_scaling_is_compared_field_by_field(file: Path) -> None:
     assert resume_differences(before, after) == ["model.rope_scaling.factor: the checkpoint has 8.0, the config 32.0"]
 
 
+def test_lists_of_tables_are_compared_field_by_field(file: Path) -> None:
+    words = """--adapter.kind lora --adapter.overrides [{targets=["q_proj"],rank=4}]
+        --adapter.members [{name="a",rank=4},{name="b",stores=["data/x"]}]"""
+    before = saved(file, *words.split())
+    other = words.replace("rank=4}]", "rank=8}]").replace('"b",stores=["data/x"]', '"c"')
+    free = "--adapter.base sharded --data.micro_batch_size 1"
+    assert resume_differences(before, now(file, *words.split(), *free.split())) == []
+    assert resume_differences(before, now(file, *other.split())) == [
+        "adapter.overrides.0.rank: the checkpoint has 4, the config 8",
+        'adapter.members.1.name: the checkpoint has "b", the config "c"',
+        'adapter.members.1.stores: the checkpoint has ["data/x"], the config []',
+    ]
+
+
 def test_a_field_that_the_checkpoint_does_not_know_had_its_default(file: Path) -> None:
     old = saved(file)
     del old["optim"]["beta1"], old["precision"]
@@ -64,7 +86,9 @@ def test_a_field_that_the_checkpoint_does_not_know_had_its_default(file: Path) -
 
 def test_every_field_marked_fixed_is_compared(file: Path) -> None:
     """Change each fixed value in the saved dict alone: the difference must be found, and none for a free field."""
-    config = now(file, "--model.rope_scaling", "{}")
+    words = """--model.rope_scaling {} --adapter.kind lora --adapter.overrides [{targets=["q_proj"],rank=4}]
+        --adapter.members [{name="a"},{name="b"}]"""
+    config = now(file, *words.split())
     for leaf in walk(Config):
         tree = config_to_dict(config)
         *path, last = leaf.key.replace(".N.", ".0.").split(".")

@@ -7,7 +7,7 @@ import pytest
 
 from configs.check import BUILT_IN_SOURCES
 from configs.errors import DataError
-from engine.data.sources import STDLIB, find_files, kind_of
+from engine.data.sources import STDLIB, STDLIB_DOCS, find_files, kind_of
 
 SUPPORTED = ".jsonl, .jsonl.gz, .jsonl.zst, .parquet, and text such as .txt, .md, .py, .html, .c, .js"
 
@@ -18,8 +18,8 @@ def touch(path: Path) -> Path:
     return path
 
 
-def test_the_config_knows_the_built_in_source() -> None:
-    assert BUILT_IN_SOURCES == (STDLIB,)
+def test_the_config_knows_the_built_in_sources() -> None:
+    assert BUILT_IN_SOURCES == (STDLIB, STDLIB_DOCS)
 
 
 def test_kinds() -> None:

@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from configs.errors import ConfigError, DataError
 from engine.data.sources import find_files
+from engine.data.examples import Fields
 from engine.data.tokenizer import Tokenizer
 from engine.data.tokenizer_training import sample_texts, train_tokenizer
 
@@ -225,10 +226,10 @@ def test_the_sample_is_bounded_and_spread_over_the_corpus(tmp_path: Path) -> Non
     for number in range(100):
         (tmp_path / f"{number:03d}.txt").write_text(f"{number:04d}" * 250)
     corpus = find_files([str(tmp_path)])
-    numbers = [int(text[:4]) for text in sample_texts(corpus, "text", 20_000, 0, lambda text: True)]
+    numbers = [int(text[:4]) for text in sample_texts(corpus, Fields(), 20_000, 0, lambda text: True)]
     assert len(numbers) == 20
     assert all(5 * place <= number < 5 * place + 5 for place, number in enumerate(numbers))
-    first = [int(text[:4]) for text in sample_texts(corpus, "text", 20_000, 10_000, lambda text: True)]
+    first = [int(text[:4]) for text in sample_texts(corpus, Fields(), 20_000, 10_000, lambda text: True)]
     assert first == list(range(10))
-    odd = [text for text in sample_texts(corpus, "text", 10**9, 0, lambda text: int(text[:4]) % 2 == 1)]
+    odd = [text for text in sample_texts(corpus, Fields(), 10**9, 0, lambda text: int(text[:4]) % 2 == 1)]
     assert len(odd) == 50

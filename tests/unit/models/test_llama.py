@@ -5,7 +5,8 @@ import torch
 
 from configs.schema import ModelConfig
 from models.hf_weights import parameter_shapes
-from models.llama import Embedding, LayerCache, Llama, RMSNorm
+from models.linear import Embedding
+from models.llama import LayerCache, Llama, RMSNorm
 
 
 def make(tie: bool = False, bias: bool = False) -> Llama:

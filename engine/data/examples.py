@@ -1,0 +1,229 @@
+"""Records -> examples: what is asked, and what is to be answered.
+
+completion   {prompt, completion}, under any names
+instruction  {instruction, input, output}: laid out as Stanford Alpaca does
+messages     {messages: [{role, content}, ..]}, or ShareGPT's {conversations: [{from, value}, ..]}
+text         {text}: all of it is an answer
+
+Here are the names of fields, and what a record must hold to be an example. Its tokens, and which of them are targets,
+are in answers.py.
+"""
+
+import json
+from collections.abc import Collection
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Literal
+
+from engine.data.chat import ASSISTANT
+from engine.data.records import BadRecord, RawRecord, read_records, text_of, to_fields, to_text
+from engine.data.sources import Corpus, Format, SourceFile
+
+_MESSAGE_FIELDS = ("messages", "conversations")
+_ROLES = {"human": "user", "gpt": "assistant"}
+_PEEKED = 20
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """Which fields of a record hold what; an empty name stands for the usual one."""
+
+    text: str = "text"
+    prompt: str = ""
+    completion: str = ""
+    messages: str = ""
+    format: Format | Literal["auto"] = "auto"
+    """Of every file of records; auto looks at each file's first records."""
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Names of the fields of {prompt, completion}."""
+        return self.prompt or "prompt", self.completion or "completion"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every name that a format may ask for."""
+        return (*self.pair, "instruction", "input", "output", self.messages, *_MESSAGE_FIELDS, "tools", self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt and what shall follow it."""
+
+    prompt: str
+    completion: str
+    instruction: str = ""
+    """The question alone, where the prompt frames it."""
+
+    @property
+    def identity(self) -> str:
+        """What the held-out split is decided by."""
+        return json.dumps([self.prompt, self.completion])
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What a tokenizer may be trained on."""
+        return self.prompt, self.completion
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages of which those of the assistant shall be learned."""
+
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[Any, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """What the held-out split is decided by: the words, whatever the template makes of them."""
+        return json.dumps([self.messages, self.tools])
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What a tokenizer may be trained on."""
+        return tuple(text for message in self.messages if isinstance(text := message.get("content"), str))
+
+
+Example = str | Pair | Conversation
+
+
+def to_example(record: RawRecord, fields: Fields) -> Example | BadRecord | None:
+    """Return the example of a record, what is wrong with it, or None for what is no record at all."""
+    kind = record.file.format
+    if kind == "text":
+        return to_text(record, fields.text)
+    values = to_fields(record)
+    if values is None or isinstance(values, BadRecord):
+        return values
+    where = f"{record.file.path}:{record.line}"
+    if kind == "messages":
+        return _conversation(values, fields, where)
+    return _instruction(values, where) if kind == "instruction" else _pair(values, fields, where)
+
+
+def find_formats(corpus: Corpus, fields: Fields) -> Corpus:
+    """Say of every file of records which format it holds."""
+    return Corpus(tuple(replace(file, format=_format_of(file, fields)) for file in corpus.files), corpus.left_out)
+
+
+def sample_text(record: RawRecord, fields: Fields) -> tuple[str, str]:
+    """Return what a tokenizer may learn from a record, and what the held-out split is decided by; else two empty."""
+    found = to_example(record, fields)
+    if isinstance(found, (Pair, Conversation)):
+        return "\n".join(found.texts), found.identity
+    return (found, found) if isinstance(found, str) else ("", "")
+
+
+def _format_of(file: SourceFile, fields: Fields) -> Format:
+    if file.kind in ("text", "docstrings"):
+        return file.format
+    if fields.format != "auto":
+        return fields.format
+    asked = fields.prompt or fields.completion or fields.messages
+    return _guess(_names(file, fields), fields, first_text=not asked)
+
+
+def _guess(names: Collection[str], fields: Fields, first_text: bool) -> Format:
+    """The format that has all its fields; a text field comes first unless another was asked for by name."""
+    if first_text and fields.text in names:
+        return "text"
+    if any(name in names for name in ((fields.messages,) if fields.messages else _MESSAGE_FIELDS)):
+        return "messages"
+    if all(name in names for name in fields.pair):
+        return "completion"
+    if "instruction" in names and "output" in names:
+        return "instruction"
+    if not first_text:  # so that a wrong name is called one
+        return "messages" if fields.messages else "completion"
+    return "text"
+
+
+def _names(file: SourceFile, fields: Fields) -> Collection[str]:
+    """Field names of a file: its columns, or those of its first good record."""
+    if file.kind == "parquet":
+        return _column_names(file)
+    with closing(read_records(file, fields.text)) as records:
+        for record in islice(records, _PEEKED):
+            values = to_fields(record)
+            if isinstance(values, dict):
+                return values.keys()
+    return ()
+
+
+def _column_names(file: SourceFile) -> Collection[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_schema(file.path).names
+    except (OSError, pa.ArrowException):
+        return ()  # reading it says what is wrong
+
+
+def _pair(values: dict[str, Any], fields: Fields, where: str) -> Pair | BadRecord:
+    prompt, completion = (text_of(values, name, where) for name in fields.pair)
+    if isinstance(prompt, BadRecord) or isinstance(completion, BadRecord):
+        return prompt if isinstance(prompt, BadRecord) else completion  # pyright: ignore[reportReturnType]
+    if not completion.strip():
+        return BadRecord("no_target", where, f"field {fields.pair[1]!r} is empty: there is nothing to answer")
+    return Pair(prompt, completion)
+
+
+def _instruction(values: dict[str, Any], where: str) -> Pair | BadRecord:
+    given = values if values.get("input") is not None else values | {"input": ""}
+    instruction, more, output = (text_of(given, name, where) for name in ("instruction", "input", "output"))
+    for text in (instruction, more, output):
+        if isinstance(text, BadRecord):
+            return text
+    assert isinstance(instruction, str) and isinstance(more, str) and isinstance(output, str), "bad ones are returned"
+    if not output.strip():
+        return BadRecord("no_target", where, "field 'output' is empty: there is nothing to answer")
+    frame = _ALPACA_INPUT if more.strip() else _ALPACA
+    asked = f"{instruction}\n\n{more}" if more.strip() else instruction
+    return Pair(frame.format(instruction=instruction, input=more), output, asked)
+
+
+def _conversation(values: dict[str, Any], fields: Fields, where: str) -> Conversation | BadRecord:
+    names = (fields.messages,) if fields.messages else _MESSAGE_FIELDS
+    name = next((name for name in names if name in values), names[0])
+    if name not in values:
+        return text_of({key: "" for key in values}, name, where)  # pyright: ignore[reportReturnType] - it is missing
+    listed = values[name]
+    if not isinstance(listed, list) or not listed or not all(isinstance(message, dict) for message in listed):
+        return BadRecord("not_text", where, f"field {name!r} is not a list of messages but {json.dumps(listed)[:40]}")
+    messages = tuple(_message(message) for message in listed)
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message.get("role"), str):
+            return BadRecord("not_text", where, f"message {number} has no role")
+    if not any(message["role"] == ASSISTANT and _says_something(message) for message in messages):
+        return BadRecord("no_target", where, f"no message of the role {ASSISTANT!r} says anything")
+    tools = values.get("tools")
+    try:
+        json.dumps(listed, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return BadRecord("not_utf8", where, f"field {name!r} holds half of a surrogate pair")
+    return Conversation(messages, tuple(tools) if isinstance(tools, list) else ())
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    return bool(content.strip() if isinstance(content, str) else content or message.get("tool_calls"))
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message under the names that templates read; ShareGPT's are others."""
+    if "role" in message or "from" not in message:
+        return message
+    role = message["from"]
+    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return {"role": _ROLES.get(role, role) if isinstance(role, str) else role, "content": message.get("value")} | rest
