@@ -1,15 +1,16 @@
 # Everything here does its own set-up: a machine with Python >= 3.11 is enough. What was installed is remembered by
 # stamps in .venv, written last, so that an interrupted installation is done again and a finished one costs nothing.
 #
-#   make quickstart   train a small Llama on real text and show what came out
-#   make test         all tests                     (make test ARGS="-k ranks" for some)
-#   make check        format, lint, types, imports  (make fix repairs what can be repaired)
-#   make bench        tokens/s here and in transformers
-#   make clean        remove .venv and caches; runs and data stay
+#   make quickstart        train a small Llama on real text and show what came out
+#   make lora-quickstart   adapt it by LoRA to questions and answers, export and merge the adapter
+#   make test              all tests                     (make test ARGS="-k ranks" for some)
+#   make check             format, lint, types, imports  (make fix repairs what can be repaired)
+#   make bench             tokens/s here and in transformers   (make bench ARGS=lora: LoRA here and in PEFT)
+#   make clean             remove .venv and caches; runs and data stay
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check fix bench clean
+.PHONY: help quickstart lora-quickstart test check fix bench clean
 
 # The first of these that is new enough; `make PYTHON=/path/to/python ...` decides otherwise.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
@@ -24,6 +25,9 @@ help:
 
 quickstart: .venv/.core
 	@$(BIN)/python tools/quickstart.py $(ARGS)
+
+lora-quickstart: .venv/.core
+	@$(BIN)/python tools/lora_quickstart.py $(ARGS)
 
 test: .venv/.dev
 	@$(BIN)/python -m pytest $(ARGS)

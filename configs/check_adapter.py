@@ -129,6 +129,11 @@ def _targets(config: Config) -> Iterator[str]:
             expected = "can't have LoRA under model.tie_embeddings = true"
             why = "embedding and head share one weight, and merging an adapter of one would change the other"
             yield problem(where, target, expected, why, "Leave it out.")
+        elif config.adapter.dora and target == EMBEDDING:
+            yield problem(where, target, "can't have DoRA", "a look-up has no outputs to scale", "Leave it out.")
+        elif config.adapter.dora and target == HEAD:
+            why = "the loss multiplies with the head in chunks, and would need its rows' lengths in each"
+            yield problem(where, target, "can't have DoRA", why, "Leave it out.")
         else:
             yield from _unknown_module(config, where, target)
 
@@ -190,6 +195,13 @@ def _members(config: Config) -> Iterator[str]:
     if adapter.init_from:
         why = "it is one adapter, and each member starts from its own seed"
         yield problem("adapter.members", "", "exclude adapter.init_from", why, "Remove one of the two.")
+    if adapter.bias != "none":
+        why = "a bias is the base's own, which all members share"
+        do = "Set adapter.bias = 'none'."
+        yield problem("adapter.members", "", f"exclude adapter.bias = {adapter.bias!r}", why, do)
+    if EMBEDDING in adapter.targets:
+        why = "a look-up has no rows of its own for each member"
+        yield problem("adapter.members", "", f"exclude {EMBEDDING!r} among adapter.targets", why, "Leave it out.")
     yield from _member_names(config)
     yield from _member_stores(config)
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def folder_identity(folder: Path, model: ModelConfig, ranks: Ranks | None = None
     try:
         weights = HfWeights(folder)
         weights.check(shapes)
-        mine["hashes"] = {name: _hash(weights, name, shapes[name]) for name in _share(shapes, index, size)}
+        names = _share(shapes, index, size)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing leaves the interpreter to others
+            mine["hashes"] = dict(zip(names, pool.map(lambda n: _hash(weights, n, shapes[n]), names), strict=True))
     except (CheckpointError, OSError) as error:
         mine["error"] = describe(error)
     found = ranks.exchange(mine) if ranks is not None else [mine]

@@ -21,6 +21,7 @@ from engine.base_identity import base_identity, check_base
 from engine.checkpoint.checkpointer import Checkpointer, Found
 from engine.compiler import check_compiler
 from engine.data.batches import Batch, Batches
+from engine.data.members import MemberBatches
 from engine.data.prepare import prepare_from_config
 from engine.data.store import TokenStore
 from engine.data.tokenizer import Tokenizer
@@ -39,6 +40,7 @@ from engine.trained import trained_table
 from engine.weights import starting_weights
 from models.adapters import trained_shapes
 from models.flops import num_params
+from models.peft_config import adapter_of
 from parallel.apply import attention_backend, build_model
 from parallel.float8 import check_float8
 from parallel.fsdp import DTYPES
@@ -52,7 +54,7 @@ class Run:
     config: Config
     layout: Layout
     folder: RunFolder
-    data: Batches
+    data: Batches | MemberBatches
     heldout: Callable[[], Iterable[Batch]]
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -69,6 +71,8 @@ class Run:
     """Steps that were done when this start of the run began."""
     num_tokens: int = 0
     """Targets seen, as of the last logged step."""
+    tokens_of_members: list[int] = field(default_factory=list)
+    """The same of each member of adapter.members."""
     gemm_tflops: float = 0.0
     metrics: Metrics | None = field(default=None)
 
@@ -77,8 +81,10 @@ class Run:
         if self.metrics is None:
             config, device = self.config, self.layout.device
             peak = choose_peak(config.metrics.peak_tflops, device, DTYPES[config.precision.compute], self.gemm_tflops)
-            trained = None if config.adapter.kind == "none" else trained_shapes(config.model, config.adapter)
-            ranks = self.layout.world_size
+            adapter, ranks = config.adapter, self.layout.world_size
+            # A token passes through one member's part only.
+            alone = [adapter_of(adapter, member) for member in adapter.members] or [adapter]
+            trained = [trained_shapes(config.model, one) for one in alone if one.kind != "none"]
             yard = yardstick(config.model, config.data.seq_len, ranks, peak, self.gemm_tflops, trained)
             if self.progress is not None:
                 self.progress.say(describe_peak(peak, self.gemm_tflops))
@@ -91,6 +97,7 @@ class Run:
         self.checkpointer.load(found, self.model, self.optimizer)
         self.step = self.first_step = found.step
         self.num_tokens = int(found.meta["num_tokens"])
+        self.tokens_of_members = [found.meta["num_tokens_of"][one.name] for one in self.config.adapter.members]
 
     def close(self) -> None:
         """Finish what is being written; in this order, since the checkpoint's group needs the run's."""
@@ -130,7 +137,7 @@ def build_run(
         _prove_tokenizers(config)
     # The others wait here for the folder and the stores; what rank 0 can't do ends the run for all of them.
     dist.barrier()
-    data = Batches(config.data, config.run.seed, "train", **_needed(config, training=True))
+    data = _open_batches(config, training=True)
     heldout = _heldout(config, layout)
     _check_vocabulary(config, data)
     say(f"{config.run.name}: {num_params(config.model):,} parameters, {_layout_text(layout)}, writing to {folder.path}")
@@ -145,7 +152,8 @@ def build_run(
     if config.adapter.kind != "none":
         for line in trained_table(config):
             say(line)
-    optimizer = build_optimizer(model, config.optim, config.adapter.lora_plus_ratio)
+    ratio, members = config.adapter.lora_plus_ratio, config.adapter.members
+    optimizer = build_optimizer(model, config.optim, ratio, members, stage=config.parallel.pp > 1)
     forward, forward_backward = build_passes(config, layout, model)
     run = Run(
         config=config,
@@ -160,6 +168,7 @@ def build_run(
         checkpointer=checkpointer,
         progress=progress,
         base=base,
+        tokens_of_members=[0] * len(config.adapter.members),
     )
     if found is not None:
         run.restore(found)
@@ -172,14 +181,18 @@ def build_run(
     return run
 
 
-def _needed(config: Config, training: bool) -> dict[str, Any]:
-    """Say what the objective and the adapter need of the batches."""
+def _open_batches(config: Config, training: bool) -> Batches | MemberBatches:
+    """Open the stores, with what the objective and the adapter need of the batches."""
     adapter = config.adapter
-    return {
+    needed: dict[str, Any] = {
+        "split": "train" if training else "heldout",
         "objective": config.objective.kind,
         "num_virtual_tokens": adapter.num_virtual_tokens if adapter.kind in ("prompt", "prefix") else 0,
         "with_places": training and adapter.kind == "lora" and adapter.dropout > 0,
     }
+    if adapter.members:
+        return MemberBatches(config.data, adapter.members, config.run.seed, **needed)
+    return Batches(config.data, config.run.seed, **needed)
 
 
 def _check_device(config: Config, device: torch.device) -> None:
@@ -193,7 +206,7 @@ def _check_device(config: Config, device: torch.device) -> None:
 def build_passes(config: Config, layout: Layout, model: nn.Module) -> tuple[Forward, ForwardBackward]:
     """Choose, once, how batches go through the model: directly, or stage by stage."""
     chunk_loss = compiled_chunk_loss() if config.compile.loss else chunk_cross_entropy
-    head_loss = next_token(config.objective, chunk_loss)
+    head_loss = next_token(config.objective, chunk_loss, len(config.adapter.members))
     if config.parallel.pp > 1:
         return pipelined(model, layout, config.parallel, config.precision.compute, head_loss)
     return direct(model, head_loss, config.parallel.accumulate)
@@ -248,7 +261,7 @@ def _heldout(config: Config, layout: Layout) -> Callable[[], Iterable[Batch]]:
     """Make the reader of the held-out batches, which starts over at each call."""
     if not config.eval.every_steps:
         return list
-    batches = Batches(config.data, config.run.seed, "heldout", **_needed(config, training=False))
+    batches = _open_batches(config, training=False)
     return partial(
         batches.heldout_microbatches,
         layout.dp_rank,
@@ -258,7 +271,7 @@ def _heldout(config: Config, layout: Layout) -> Callable[[], Iterable[Batch]]:
     )
 
 
-def _check_vocabulary(config: Config, data: Batches) -> None:
+def _check_vocabulary(config: Config, data: Batches | MemberBatches) -> None:
     """Refuse a model with fewer rows than the tokenizer has tokens."""
     tokens = data.vocab_size
     if config.model.vocab_size < tokens:
@@ -270,7 +283,7 @@ def _check_vocabulary(config: Config, data: Batches) -> None:
 
 
 def _find_continued(
-    checkpointer: Checkpointer, config: Config, data: Batches, say: Callable[[str], None]
+    checkpointer: Checkpointer, config: Config, data: Batches | MemberBatches, say: Callable[[str], None]
 ) -> Found | None:
     """Find the newest good checkpoint of the folder; refuse a config that doesn't continue it."""
     found = checkpointer.find_latest()
@@ -297,7 +310,7 @@ def _leave_unfilled(local: torch.Tensor, name: str, shape: tuple[int, ...], offs
     """Leave a parameter to the checkpoint."""
 
 
-def _other_data(data: Batches, found: Found) -> list[str]:
+def _other_data(data: Batches | MemberBatches, found: Found) -> list[str]:
     """Name the stores whose content is not what the checkpoint was trained on."""
     saved, now = found.meta["data"], data.fingerprints
     if len(saved) != len(now):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import ConfigError, problem
+from models.linear import Marks
 from models.llama import LayerCache, Llama
 
 Cache = dict[str, LayerCache]
@@ -52,16 +53,21 @@ def generate(
     sampling: Sampling,
     eos_id: int | None = None,
     vocab_size: int | None = None,
+    num_virtual_tokens: int = 0,
 ) -> Iterator[int]:
     """Yield the tokens that follow `prompt`, each as soon as it is known, up to and without `eos_id`.
 
-    Only ids below `vocab_size` are chosen: an embedding may have more rows than the tokenizer has tokens. Raises
-    ConfigError, before the first token, for a prompt that is empty, too long, or holds unknown tokens.
+    Only ids below `vocab_size` are chosen: an embedding may have more rows than the tokenizer has tokens. Before the
+    prompt stand the virtual tokens that the model has learned. Raises ConfigError, before the first token, for a prompt
+    that is empty, too long, or holds unknown tokens.
     """
-    _check_prompt(model, prompt)
-    num_tokens = min(sampling.max_new_tokens, model.config.max_seq_len - len(prompt))
+    limit = model.config.max_seq_len - num_virtual_tokens
+    _check_prompt(model, prompt, limit)
+    num_tokens = min(sampling.max_new_tokens, limit - len(prompt))
     choose = partial(_next, model, sampling, torch.Generator().manual_seed(sampling.seed), vocab_size)
-    return _stream(choose, prompt, model.new_cache(len(prompt) + num_tokens), eos_id, num_tokens)
+    cache = model.new_cache(num_virtual_tokens + len(prompt) + num_tokens)
+    virtual = [*range(num_virtual_tokens), *(-1 for _ in prompt)] if num_virtual_tokens else None
+    return _stream(choose, [0] * num_virtual_tokens + list(prompt), virtual, cache, eos_id, num_tokens)
 
 
 def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -75,12 +81,14 @@ def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -
     return int(order[torch.multinomial(likeliest, 1, generator=generator)])
 
 
-def _check_prompt(model: Llama, prompt: Sequence[int]) -> None:
-    limit, vocab_size = model.config.max_seq_len, model.config.vocab_size
+def _check_prompt(model: Llama, prompt: Sequence[int], limit: int) -> None:
+    vocab_size = model.config.vocab_size
     if not prompt:
         raise ConfigError(problem("prompt", "", "must hold at least one token"))
     if len(prompt) >= limit:
-        expected = f"must be shorter than model.max_seq_len = {limit}"
+        longest, virtual = model.config.max_seq_len, model.config.max_seq_len - limit
+        less = f" less the {virtual} virtual tokens before it" if virtual else ""
+        expected = f"must be shorter than model.max_seq_len = {longest}{less}"
         raise ConfigError(problem("tokens in the prompt", len(prompt), expected, do="Shorten the prompt."))
     if max(prompt) >= vocab_size or min(prompt) < 0:
         expected = f"must be below model.vocab_size = {vocab_size}"
@@ -89,15 +97,20 @@ def _check_prompt(model: Llama, prompt: Sequence[int]) -> None:
 
 
 def _stream(
-    choose: Callable[[list[int], Cache], int], prompt: Sequence[int], cache: Cache, eos_id: int | None, num_tokens: int
+    choose: Callable[[list[int], list[int] | None, Cache], int],
+    prompt: list[int],
+    virtual: list[int] | None,
+    cache: Cache,
+    eos_id: int | None,
+    num_tokens: int,
 ) -> Iterator[int]:
-    newest = list(prompt)
+    newest = prompt
     for _ in range(num_tokens):
-        token = choose(newest, cache)
+        token = choose(newest, virtual, cache)
         if token == eos_id:
             return
         yield token
-        newest = [token]
+        newest, virtual = [token], None
 
 
 @torch.inference_mode()  # around each step, not the generator: a mode must not stay on between yields
@@ -107,7 +120,10 @@ def _next(
     generator: torch.Generator,
     vocab_size: int | None,
     newest: list[int],
+    virtual: list[int] | None,
     cache: Cache,
 ) -> int:
-    hidden = model(torch.tensor([newest], device=model.embed_tokens.weight.device), cache=cache)
-    return next_token(model.lm_head(hidden[0, -1])[:vocab_size].float(), sampling, generator)
+    device = model.embed_tokens.weight.device
+    marks = None if virtual is None else Marks(virtual=torch.tensor([virtual], device=device))
+    hidden = model(torch.tensor([newest], device=device), cache=cache, marks=marks)
+    return next_token(model.lm_head(hidden[:, -1:])[0, 0, :vocab_size].float(), sampling, generator)

@@ -144,15 +144,26 @@ def compiled_chunk_loss() -> ChunkLoss:
 
 
 HeadLoss = Callable[[nn.Module, Tensor, Tensor, Marks | None], Tensor]
-"""(model with a head, hidden states after the final norm, targets, marks) -> the summed loss of the targets, nats."""
+"""(model with a head, hidden states after the final norm, targets, marks) -> the summed loss of the targets, nats; of
+each member's targets where there are several, (members,)."""
 
 
-def next_token(config: ObjectiveConfig, chunk_loss: ChunkLoss) -> HeadLoss:
-    """Make the objective: the summed cross entropy of every next token that is a target."""
+def next_token(config: ObjectiveConfig, chunk_loss: ChunkLoss, members: int = 0) -> HeadLoss:
+    """Make the objective: the summed cross entropy of every next token that is a target, a sum for each member."""
 
     def head_loss(model: nn.Module, hidden: Tensor, targets: Tensor, marks: Marks | None) -> Tensor:
         head = cast(Linear, model.lm_head)
         factors = head.beside.factors(head, hidden, marks) if isinstance(head.beside, Lora) else None
-        return cross_entropy_sum(hidden, head.weight, targets, config.chunk_tokens, chunk_loss, factors)
+        if not members:
+            return cross_entropy_sum(hidden, head.weight, targets, config.chunk_tokens, chunk_loss, factors)
+        # No chunk has rows of two members. Unbound, so that their gradients come back as one stack.
+        of_hidden, of_targets = (t.unflatten(0, (members, -1)).unbind() for t in (hidden, targets))
+        of_factors = [None] * members if factors is None else [
+            (z[None], b) for z, b in zip(factors[0].unbind(), factors[1].unbind(), strict=True)
+        ]  # fmt: skip
+        each = zip(of_hidden, of_targets, of_factors, strict=True)
+        return torch.stack(
+            [cross_entropy_sum(h, head.weight, t, config.chunk_tokens, chunk_loss, f) for h, t, f in each]
+        )
 
     return head_loss

@@ -11,7 +11,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,25 @@ from engine.peaks import Peak, PeakKind
 from models.flops import flops_per_token
 
 MemoryKind = Literal["cuda_allocated", "rss"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberStep:
+    """What a logged step was to one of several adapters that are trained at once."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberEval:
+    """An evaluation of one of several adapters that are trained at once."""
+
+    heldout_loss: float
+    bits_per_byte: float | None
+    heldout_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +90,8 @@ class StepRecord:
     gemm_tflops: float
     time: float
     """Seconds since 1970."""
+    members: dict[str, MemberStep] | None = None
+    """Each member's own, by name; loss, grad_norm and lr are then means over them. Only where there are several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +110,9 @@ class EvalRecord:
     """Seconds the evaluation took."""
     time: float
     """Seconds since 1970."""
+    members: dict[str, MemberEval] | None = None
+    """Each member's own, by name; heldout_loss and bits_per_byte are then means over them. Only where there are
+    several."""
 
 
 Record = StepRecord | EvalRecord
@@ -114,12 +138,20 @@ def yardstick(
     num_devices: int,
     peak: Peak,
     gemm_tflops: float,
-    trained: Mapping[str, tuple[int, ...]] | None = None,
+    trained: Sequence[Mapping[str, tuple[int, ...]]] = (),
 ) -> Yardstick:
-    """Take the FLOPs of a token from the shapes of the model and of what is trained; `model` is resolved."""
+    """Take the FLOPs of a token from the shapes of the model and of what is trained; `model` is resolved.
+
+    `trained` are the trained shapes of each adapter, whose tokens are as many; none: all of the model.
+    """
+
+    def mean(*, causal: bool) -> float:
+        each = [flops_per_token(model, seq_len, causal=causal, trained=one) for one in trained or [None]]
+        return sum(each) / len(each)
+
     return Yardstick(
-        flops_per_token=flops_per_token(model, seq_len, causal=False, trained=trained),
-        flops_per_token_causal=flops_per_token(model, seq_len, causal=True, trained=trained),
+        flops_per_token=mean(causal=False),
+        flops_per_token_causal=mean(causal=True),
         num_devices=num_devices,
         peak=peak,
         gemm_tflops=gemm_tflops,
@@ -289,6 +321,7 @@ class Metrics:
         lr: float,
         num_tokens: int,
         costs: RankCosts | None = None,
+        members: dict[str, MemberStep] | None = None,
     ) -> StepRecord:
         """Record a logged step: `step` steps and `num_tokens` target tokens done since the run's first.
 
@@ -323,13 +356,20 @@ class Metrics:
             peak_kind=yard.peak.kind,
             gemm_tflops=yard.gemm_tflops,
             time=time.time(),
+            members=members,
         )
         self._gemm_share = record.gemm_share
         self._write(record)
         return record
 
     def record_eval(
-        self, step: int, heldout_loss: float, bits_per_byte: float | None, heldout_tokens: int, eval_s: float
+        self,
+        step: int,
+        heldout_loss: float,
+        bits_per_byte: float | None,
+        heldout_tokens: int,
+        eval_s: float,
+        members: dict[str, MemberEval] | None = None,
     ) -> EvalRecord:
         """Record an evaluation after `step` steps."""
         record = EvalRecord(
@@ -340,6 +380,7 @@ class Metrics:
             heldout_tokens=heldout_tokens,
             eval_s=eval_s,
             time=time.time(),
+            members=members,
         )
         self._write(record)
         return record

@@ -41,11 +41,22 @@ _CHARTS = {
 def to_line(record: Record) -> str:
     """Write a record as one line of strict JSON, its line end included; non-finite numbers become null, named apart."""
     fields: dict[str, Any] = asdict(record)
-    odd = {name: repr(value) for name, value in fields.items() if isinstance(value, float) and not math.isfinite(value)}
-    fields.update(dict.fromkeys(odd))
+    members: dict[str, dict[str, Any]] = fields.pop("members") or {}
+    odd = _without_odd(fields)
+    for name, of_member in members.items():
+        odd |= {f"members.{name}.{key}": value for key, value in _without_odd(of_member).items()}
+    if members:
+        fields["members"] = members
     if odd:
         fields["non_finite"] = odd
     return json.dumps(fields, allow_nan=False) + "\n"
+
+
+def _without_odd(fields: dict[str, Any]) -> dict[str, str]:
+    """Replace non-finite numbers by None, in place, and return what they were."""
+    odd = {name: repr(value) for name, value in fields.items() if isinstance(value, float) and not math.isfinite(value)}
+    fields.update(dict.fromkeys(odd))
+    return odd
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -68,7 +79,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                     "Remove the line, or the file.",
                 )
             )
-        entry.update({name: float(value) for name, value in entry.pop("non_finite", {}).items()})
+        for name, value in entry.pop("non_finite", {}).items():
+            *of_member, key = name.split(".")  # no member's name has a dot
+            (entry["members"][of_member[1]] if of_member else entry)[key] = float(value)
         entries.append(entry)
     return entries
 
@@ -161,9 +174,12 @@ class TensorBoard:
 
     def write(self, record: Record) -> None:
         """Write each charted field at the record's step."""
-        for name, value in asdict(record).items():
-            if name in _CHARTS and value is not None:
-                self._writer.add_scalar(_CHARTS[name], value, record.step, walltime=record.time)
+        fields = asdict(record)
+        for member, of_member in {"": fields, **(fields["members"] or {})}.items():
+            for name, value in of_member.items():
+                if name in _CHARTS and value is not None:
+                    tag = f"{_CHARTS[name]}/{member}" if member else _CHARTS[name]
+                    self._writer.add_scalar(tag, value, record.step, walltime=record.time)
         if isinstance(record, EvalRecord):
             self._writer.flush()
 

@@ -76,7 +76,7 @@ class StageModule(nn.Module):
             return out
         loss_sum = self.head_loss(self.model, out, batch.targets, marks)
         self.loss_sums.append(loss_sum.detach())
-        return loss_sum if self.num_tokens is None else loss_sum / self.num_tokens.clamp(min=1)
+        return loss_sum if self.num_tokens is None else (loss_sum / self.num_tokens.clamp(min=1)).sum()
 
 
 class Stage(PipelineStage):
@@ -169,7 +169,7 @@ class Pipeline:
         schedule.step(*tokens, target=torch.zeros(len(microbatches)), return_outputs=False)
         sum_tied_gradients(self._model, self._parallel, self._group)
         sums = [loss_sum for module in self._modules.values() for loss_sum in module.loss_sums]
-        return torch.stack(sums).sum() if sums else self._no_loss()
+        return torch.stack(sums).sum(dim=0) if sums else self._no_loss(microbatches[0])
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
@@ -177,7 +177,7 @@ class Pipeline:
 
         A rank goes on to its next batch once it has sent this one on, so batches follow each other like microbatches.
         """
-        out = self._no_loss()
+        out = self._no_loss(batch)
         for index, module in self._modules.items():
             module.begin(batch, None)
             before, after = self._owners.get(index - 1), self._owners.get(index + 1)
@@ -187,14 +187,14 @@ class Pipeline:
             out = module(batch.tokens if before is None else out)
             if after is not None and after != self._here:
                 dist.send(out.contiguous(), group=self._group, group_dst=after)
-        return out if self._last in self._modules else self._no_loss()
+        return out if self._last in self._modules else self._no_loss(batch)
 
     def _build(self, microbatches: Sequence[Batch]) -> tuple[Schedule, list[Stage]]:
         """Build the stages and the schedule for steps of this shape."""
         # Shapes are given, so torch runs no forward and backward of its own to find them.
         tokens = microbatches[0].tokens.to("meta")
         hidden = torch.empty(self._hidden_shape(microbatches[0]), dtype=self._dtype, device="meta", requires_grad=True)
-        scalar = torch.empty((), dtype=self._no_loss().dtype, device="meta", requires_grad=True)
+        scalar = torch.empty((), dtype=self._loss_dtype, device="meta", requires_grad=True)
         stages = [
             Stage(
                 module,
@@ -216,8 +216,13 @@ class Pipeline:
         rows, seq = batch.tokens.shape
         return rows, seq // self._layout.degree("tp"), stages_of(self._model)[0].config.dim
 
-    def _no_loss(self) -> Tensor:
-        return torch.zeros((), dtype=torch.promote_types(self._dtype, torch.float32), device=self._layout.device)
+    @property
+    def _loss_dtype(self) -> torch.dtype:
+        return torch.promote_types(self._dtype, torch.float32)
+
+    def _no_loss(self, batch: Batch) -> Tensor:
+        shape = (batch.members,) if batch.members else ()
+        return torch.zeros(shape, dtype=self._loss_dtype, device=self._layout.device)
 
 
 def pipelined(

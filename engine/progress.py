@@ -51,7 +51,7 @@ def format_utilisation(record: StepRecord) -> str:
 
 
 def format_step(record: StepRecord, steps: int, eta_s: float) -> str:
-    """Write a logged step as one aligned line of a log."""
+    """Write a logged step as one aligned line of a log; at its end each member's loss."""
     waiting = 100 * record.data_wait_s / record.step_time_s
     parts = [
         f"step {record.step:>{len(str(steps))}}/{steps}",
@@ -68,11 +68,11 @@ def format_step(record: StepRecord, steps: int, eta_s: float) -> str:
     ]
     if record.checkpoint_stall_s > 0:
         parts.append(f"checkpoint {record.checkpoint_stall_s:.2g} s")
-    return "  ".join(parts)
+    return "  ".join(parts + [f"{name} {member.loss:.4f}" for name, member in (record.members or {}).items()])
 
 
 def format_eval(record: EvalRecord, steps: int) -> str:
-    """Write an evaluation as one line of a log."""
+    """Write an evaluation as one line of a log; at its end each member's loss."""
     parts = [
         f"step {record.step:>{len(str(steps))}}/{steps}",
         f"held-out loss {record.heldout_loss:.4f}",
@@ -81,7 +81,7 @@ def format_eval(record: EvalRecord, steps: int) -> str:
     ]
     if record.bits_per_byte is not None:
         parts.insert(2, f"{record.bits_per_byte:.4f} bits/byte")
-    return "  ".join(parts)
+    return "  ".join(parts + [f"{name} {member.heldout_loss:.4f}" for name, member in (record.members or {}).items()])
 
 
 class ProgressDisplay:

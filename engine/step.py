@@ -2,18 +2,23 @@
 
 Everything here stays on the device: a step that must not be applied (no target, or a gradient that is not finite) is a
 flag that the optimizer reads, so no step waits for the host. Losses are sums over the global count of targets.
+
+Where several adapters are trained at once, counts, losses, norms and flags are vectors, an element for each, and one
+backward pass through the sum of their losses gives each the gradient that it would have alone: they share no trained
+parameter and no row of a batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from engine.data.batches import IGNORE, Batch
+from engine.data.batches import Batch
 from engine.loss import HeadLoss
 from engine.optim import set_lr
+from engine.optim.members import MemberOptimizer
 from models.linear import Marks
 from parallel.context import held_positions
 from parallel.fsdp import reduce_gradients_at
@@ -21,15 +26,16 @@ from parallel.mesh import Layout
 from parallel.pipeline import counted_parameters
 
 Forward = Callable[[Batch], Tensor]
-"""(batch) -> this rank's part of the batch's loss sum, nats; the caller turns gradients off."""
+"""(batch) -> this rank's part of the batch's loss sum, () or (members,), nats; the caller turns gradients off."""
 
 ForwardBackward = Callable[[Sequence[Batch], Tensor], Tensor]
-"""(microbatches, num_tokens) -> this rank's loss sum; gradients of loss_sum / num_tokens are added up on the way."""
+"""(microbatches, num_tokens) -> this rank's loss sum, as num_tokens is; gradients of loss_sum / num_tokens are added up
+on the way."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step leaves behind, on the device."""
+    """What a step leaves behind, on the device; each () or (members,)."""
 
     loss_sum: Tensor
     """This rank's part of the loss, nats."""
@@ -53,7 +59,7 @@ def train_step(
     """Update the weights from the global batch of one step."""
     num_tokens = layout.sum_over_tokens(count_targets(microbatches))
     loss_sum = forward_backward(microbatches, num_tokens)
-    grad_norm = clip_grad_norm(model, max_grad_norm, layout)
+    grad_norm = clip_grad_norm(model, optimizer, max_grad_norm, layout)
     skipped = (~torch.isfinite(grad_norm) | (num_tokens == 0)).to(torch.float32)
     set_lr(optimizer, lr)
     # Read by the optimizer where its gradients lie, which under CPU offload is the host.
@@ -77,9 +83,9 @@ def direct(model: nn.Module, head_loss: HeadLoss, accumulate: str) -> tuple[Forw
             reduce_gradients_at(model, last=index == len(microbatches) - 1, accumulate=accumulate)
             loss_sum = forward(batch)
             # A step without any target has loss 0 and gradient 0; the flag keeps the optimizer from applying it.
-            (loss_sum / num_tokens.clamp(min=1)).backward()
+            (loss_sum / num_tokens.clamp(min=1)).sum().backward()
             sums.append(loss_sum.detach())
-        return torch.stack(sums).sum()
+        return torch.stack(sums).sum(dim=0)
 
     return forward, forward_backward
 
@@ -99,14 +105,32 @@ def part_of_rank(batch: Batch, layout: Layout) -> Batch:
 
 
 def count_targets(microbatches: Sequence[Batch]) -> Tensor:
-    """Count the targets of this rank's microbatches; int64 on their device."""
-    return torch.stack([(batch.targets != IGNORE).sum() for batch in microbatches]).sum()
+    """Count the targets of this rank's microbatches, () or (members,); int64 on their device."""
+    return torch.stack([batch.num_targets() for batch in microbatches]).sum(dim=0)
 
 
-def clip_grad_norm(model: nn.Module, max_norm: float, layout: Layout) -> Tensor:
-    """Scale the gradients down to `max_norm` (0: leave them) and return their global norm before that."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in counted_parameters(model) if p.grad is not None])
-    norm = layout.norm_over_stages(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.grad is not None], max_norm, norm)
-    return norm
+def clip_grad_norm(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, layout: Layout) -> Tensor:
+    """Scale the gradients down to `max_norm` (0: leave them) and return their global norm before that.
+
+    Each member's gradients have a norm of their own, (members,).
+    """
+    if isinstance(optimizer, MemberOptimizer):
+        parts = optimizer.parameters
+        norms = layout.norm_over_stages(torch.stack([_norm_of(part, model) for part in parts]))
+        clipped = list(zip(parts, norms.unbind(), strict=True))
+    else:
+        norms = layout.norm_over_stages(_norm_of(counted_parameters(model), model))
+        clipped = [(list(model.parameters()), norms)]
+    for part, norm in clipped:
+        if max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_([p for p in part if p.grad is not None], max_norm, norm)
+    return norms
+
+
+def _norm_of(parameters: Iterable[nn.Parameter], model: nn.Module) -> Tensor:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:  # a stage of a pipeline that trains nothing: its zero looks like the others' norms
+        like = next(p for p in model.parameters() if p.is_floating_point())
+        return torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -5,7 +5,6 @@ functions of the step, so that whatever is killed continues from its last checkp
 """
 
 import gc
-import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,16 +14,16 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from configs.errors import NonFiniteError, problem
 from configs.load import config_to_dict
 from configs.schema import Config
 from engine.build import Run
+from engine.counters import Counters, read_step, sick_members
 from engine.data.batches import Batch
 from engine.evaluate import HeldoutLoss, evaluate
 from engine.lr import lr_at
-from engine.metrics import RankCosts, StepRecord
+from engine.metrics import MemberEval, RankCosts, StepRecord
 from engine.peaks import measured_gemm_tflops
 from engine.step import StepResult, part_of_rank, train_step
 from parallel.context import imbalance, work
@@ -43,33 +42,10 @@ class Outcome:
     """The last evaluation of this start of the run."""
 
 
-@dataclass(slots=True)
-class Counters:
-    """Sums over steps that stay on the device until a logged step reads them."""
-
-    num_tokens: Tensor
-    """Targets since the run's first step, int64."""
-    non_finite: Tensor
-    """Steps that were not applied because a gradient was not finite."""
-    empty: Tensor
-    """Steps that had no target."""
-
-    def add(self, result: StepResult) -> None:
-        """Count a step."""
-        has_targets = result.num_tokens > 0
-        self.num_tokens += result.num_tokens
-        self.non_finite += result.skipped * has_targets
-        self.empty += ~has_targets
-
-
 def train(run: Run) -> Outcome:
     """Take the run from where it stands to its last step; every rank calls it."""
-    config, device = run.config, run.layout.device
-    counters = Counters(
-        num_tokens=torch.tensor(run.num_tokens, device=device),
-        non_finite=torch.zeros((), device=device),
-        empty=torch.zeros((), dtype=torch.int64, device=device),
-    )
+    config = run.config
+    counters = Counters.starting_at(run.tokens_of_members or run.num_tokens, run.layout.device)
     last: StepRecord | None = None
     heldout = _evaluate(run, 0) if run.step == 0 and config.eval.every_steps else None
     metrics = run.start_metrics()
@@ -154,25 +130,24 @@ def _cp_imbalance(layout: Layout, microbatches: Sequence[Batch]) -> float:
 def _record(run: Run, result: StepResult, counters: Counters, lr: float, cp_imbalance: float) -> StepRecord:
     """Read the device, once, and write the record of a logged step; a sick run ends here."""
     assert run.metrics is not None, "metrics start before the first step"
-    loss_sum = run.layout.sum_over_losses(result.loss_sum.double().clone())
-    count = result.num_tokens.double().clamp(min=1)
-    sums = torch.stack(
-        [loss_sum / count, result.grad_norm.double(), counters.num_tokens.double(), counters.non_finite.double(),
-         counters.empty.double()]
-    )  # fmt: skip
-    loss, grad_norm, num_tokens, non_finite, empty = sums.tolist()
+    members, peak = run.config.adapter.members, run.config.optim.lr
+    names = [member.name for member in members]
+    read = read_step(result, counters, [lr * (one.lr or peak) / peak for one in members] or [lr], run.layout)
     costs = run.metrics.rank_costs(run.step, cp_imbalance)
     worst = RankCosts(*run.layout.max_over_ranks(list(astuple(costs))))
     if worst.gemm_share > 1:
         _measure_gemm_again(run)
-    record = run.metrics.record(run.step, loss, grad_norm, lr, int(num_tokens), worst)
-    run.num_tokens = int(num_tokens)
+    run.tokens_of_members = [step.num_tokens for step in read.steps if names]
+    run.num_tokens = sum(step.num_tokens for step in read.steps)
+    each = dict(zip(names, read.steps, strict=True)) if names else None
+    record = run.metrics.record(run.step, read.loss, read.grad_norm, read.lr, run.num_tokens, worst, each)
     if run.progress is not None:
         run.progress.show(record)
-        if empty:
-            run.progress.say(f"{int(empty)} steps up to step {run.step} had no target and changed nothing")
-    if non_finite or not math.isfinite(loss):
-        raise _sick(run.step, f"loss {loss}, grad_norm {grad_norm}")
+        for steps in read.empty_steps(names):
+            run.progress.say(f"{steps} up to step {run.step} had no target and changed nothing")
+    sick = read.sick(names)
+    if sick:
+        raise _sick(run.step, sick)
     counters.empty.zero_()
     return record
 
@@ -201,7 +176,11 @@ def _evaluate(run: Run, step: int) -> HeldoutLoss:
         batches = (part_of_rank(batch, run.layout).to(run.layout.device) for batch in run.heldout())
         found = evaluate(run.model, run.forward, batches, run.layout)
     took = time.perf_counter() - begin
-    record = metrics.record_eval(step, found.loss, found.bits_per_byte, found.num_tokens, took)
+    each = {
+        member.name: MemberEval(heldout_loss=one.loss, bits_per_byte=one.bits_per_byte, heldout_tokens=one.num_tokens)
+        for member, one in zip(run.config.adapter.members, found.members, strict=True)
+    }
+    record = metrics.record_eval(step, found.loss, found.bits_per_byte, found.num_tokens, took, each or None)
     if run.progress is not None:
         run.progress.show_eval(record)
     return found
@@ -211,11 +190,13 @@ def _checkpoint(run: Run, counters: Counters, heldout: HeldoutLoss | None) -> No
     """Save the state after this step; the step waits for the copy to the host only."""
     assert run.metrics is not None, "metrics start before the first step"
     with run.metrics.checkpointing():
-        if counters.non_finite > 0:
-            raise _sick(run.step, "a gradient since the last logged step")
+        names = [member.name for member in run.config.adapter.members]
+        sick = sick_members(counters, names)
+        if sick:
+            raise _sick(run.step, sick)
         meta = {
             "step": run.step,
-            "num_tokens": int(counters.num_tokens),
+            "num_tokens": int(counters.num_tokens.sum()),
             "config": config_to_dict(run.config),
             "layout": {
                 "world_size": run.layout.world_size,
@@ -227,6 +208,8 @@ def _checkpoint(run: Run, counters: Counters, heldout: HeldoutLoss | None) -> No
         }
         if run.base:
             meta["base"] = run.base
+        if names:
+            meta["num_tokens_of"] = dict(zip(names, counters.num_tokens.tolist(), strict=True))
         loss = None if heldout is None else heldout.loss
         run.checkpointer.save(run.step, run.model, run.optimizer, meta, run.data.tokenizer_folder, loss)
 

@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json and our [adapter] section, both ways; and the parameters that such an adapter has.
+"""PEFT's adapter_config.json and our [adapter] section, both ways.
 
 Kinds that PEFT has too: lora, prompt (PROMPT_TUNING) and prefix (PREFIX_TUNING). Only the fields that a reader needs
 are written, since older versions refuse fields that they don't know. Read, every field that would change the
@@ -17,7 +17,7 @@ from configs.adapters import AdapterConfig, MemberConfig, OverrideConfig
 from configs.errors import CheckpointError, problem
 from configs.schema import ModelConfig
 from configs.targets import ALL_LINEAR, EMBEDDING, HEAD, adapted_modules, projections
-from models.hf_weights import hf_name, parameter_shapes
+from models.hf_weights import hf_name
 
 CONFIG = "adapter_config.json"
 PROMPT = "embed_tokens.prompt_embeddings"
@@ -41,9 +41,6 @@ _EMPTY: tuple[Any, ...] = (None, False, {}, [])
 _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
-# -------------------- parameters
-
-
 def adapter_of(adapter: AdapterConfig, member: MemberConfig) -> AdapterConfig:
     """Give the adapter that a member of several would be alone."""
     overrides = tuple(
@@ -52,33 +49,6 @@ def adapter_of(adapter: AdapterConfig, member: MemberConfig) -> AdapterConfig:
     )
     rank, alpha = member.rank or adapter.rank, member.alpha or adapter.alpha
     return replace(adapter, rank=rank, alpha=alpha, overrides=overrides, members=())
-
-
-def adapter_shapes(model: ModelConfig, adapter: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Give the whole shape of each parameter of a lora, prompt or prefix adapter that is alone, by our names.
-
-    The biases that lora_only trains are among them: they are stored with the adapter.
-    """
-    whole = parameter_shapes(model)
-    if adapter.kind == "prompt":
-        return {PROMPT: (adapter.num_virtual_tokens, model.dim)}
-    if adapter.kind == "prefix":
-        shape = (adapter.num_virtual_tokens, model.num_kv_heads * model.head_dim)
-        return {name: shape for layer in range(model.num_layers) for name in prefix_names(layer)}
-    assert adapter.kind == "lora", f"{adapter.kind} has no format of PEFT's"
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, (rank, _) in adapted_modules(model, adapter).items():
-        rows, columns = whole.get(f"{name}.weight", (model.vocab_size, model.dim))  # a tied head is not listed
-        if name == EMBEDDING:
-            rows, columns = columns, rows
-            shapes |= {f"{name}.lora_embedding_A": (rank, columns), f"{name}.lora_embedding_B": (rows, rank)}
-        else:
-            shapes |= {f"{name}.lora_A.weight": (rank, columns), f"{name}.lora_B.weight": (rows, rank)}
-        if adapter.dora:
-            shapes[f"{name}.lora_magnitude_vector"] = (rows,)
-        if adapter.bias == "lora_only" and f"{name}.bias" in whole:
-            shapes[f"{name}.bias"] = (rows,)
-    return shapes
 
 
 def prefix_names(layer: int) -> tuple[str, str]:
@@ -161,7 +131,7 @@ def read_peft_config(folder: Path, model: ModelConfig) -> AdapterConfig:
     raw = read_raw(folder)
     where = str(folder / CONFIG)
     kind = raw.get("peft_type")
-    if kind not in _TYPES:
+    if not isinstance(kind, str) or kind not in _TYPES:
         expected = f"must be one of {', '.join(_TYPES)}"
         raise CheckpointError(problem(f"{where}: peft_type", kind, expected, "no other is computed here"))
     problems = _unsupported(raw, where, kind)

@@ -19,9 +19,10 @@ from configs.adapters import AdapterConfig
 from configs.errors import CheckpointError, problem
 from configs.schema import ModelConfig
 from configs.targets import adapted_modules
+from models.adapters import trained_shapes
 from models.hf_weights import FORMATS, LISTED_PROBLEMS, Reader, hf_name, our_name
 from models.hf_write import new_folder, write_json
-from models.peft_config import CONFIG, PROMPT, adapter_shapes, peft_config, prefix_names, read_peft_config
+from models.peft_config import CONFIG, PROMPT, peft_config, prefix_names, read_peft_config
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -96,7 +97,7 @@ class AdapterWeights:
         embedding or head once more: they must then be those of `base`, bit for bit.
         """
         problems = [] if adapter is None else self._other_settings(adapter)
-        expected = adapter_shapes(self.model, self.config)
+        expected = trained_shapes(self.model, self.config)
         if not problems:
             problems += [
                 f"missing: {self._key(name)} {shape}" for name, shape in expected.items() if name not in self._keys
@@ -221,7 +222,7 @@ def write_peft(
 ) -> None:
     """Write a folder that PEFT loads over the base; raise CheckpointError where it exists or fails.
 
-    `tensors` yields (our name, whole tensor) for each parameter of adapter_shapes, in any order; `dtype` is the stored
+    `tensors` yields (our name, whole tensor) for each trained parameter, in any order; `dtype` is the stored
     format, None keeps each tensor's. Of several members each is written alone, see adapter_of and split_member.
     """
     stored = _stored_tensors(Path(folder), model, adapter, tensors, dtype)
@@ -238,7 +239,7 @@ def _stored_tensors(
     dtype: torch.dtype | None,
 ) -> dict[str, torch.Tensor]:
     """The tensors by PEFT's keys, sorted; they must be the adapter's, all of them and no more."""
-    missing = adapter_shapes(model, adapter)
+    missing = trained_shapes(model, adapter)
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
         if missing.pop(name, None) != tuple(tensor.shape):

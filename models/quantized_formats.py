@@ -157,10 +157,10 @@ def decode(
     FSDP of torch 2.11 hands out integers in its parameters' dtype: exactly, as they have 8 bits. `after` only keeps two
     readings apart, see `_scales_and_values`.
     """
-    scale, values = _scales_and_values(
+    scale, values, zero = _scales_and_values(
         place.kind, scales, constants, place.height, place.width, place.row, place.column, after
     )
-    found = F.embedding(codes.to(torch.uint8).to(torch.int32), values)
+    found = F.embedding((codes + zero).to(torch.int32), values)
     dense = (found.view(*scale.shape, -1) * scale[..., None]).flatten(1)
     return dense if dtype == FORMAT else _in_16_bits(dense).to(dtype)
 
@@ -168,31 +168,32 @@ def decode(
 @torch.library.custom_op("ropewalk::scales_and_values", mutates_args=())
 def _scales_and_values(
     kind: str, scales: Tensor, constants: Tensor | None, height: int, width: int, row: int, column: int, after: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the scales (rows, blocks) and what each byte stands for (256, numbers in a byte).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the scales (rows, blocks), what each byte stands for (256, numbers in a byte), and a zero.
 
     An operator, since the compiler would skip the roundings to bf16 between its steps, and divide by other rules. And
-    since it would find that the backward pass reads what the forward pass has read, and keep that, which is the very
-    memory that quantising saves: reading `after` the gradient is not the same to it.
+    since it would find that the backward pass reads what the forward pass has read, and keep that, or the codes as wide
+    integers, which is the very memory that quantising saves: what comes `after` the gradient is not the same to it.
     """
+    zero = torch.zeros(1, dtype=torch.int32, device=scales.device)
     byte = torch.arange(256, dtype=torch.uint8, device=scales.device)
     if constants is None:
         number = torch.int8 if kind == "int8" else torch.float8_e4m3fn
-        return scales.to(FORMAT, copy=True), byte.view(number).to(FORMAT)[:, None]
+        return scales.to(FORMAT, copy=True), byte.view(number).to(FORMAT)[:, None], zero
     factors, mean, levels = constants.to(FORMAT).split([constants.numel() - 1 - len(_LEVELS), 1, len(_LEVELS)])
     rows = torch.arange(row, row + scales.shape[0], device=scales.device)
     columns = torch.arange(scales.shape[1], device=scales.device) + column // NF4_BLOCK
     number = rows[:, None] * (width // NF4_BLOCK) + columns
     scale = scales.to(torch.int8) / factors[number // scale_block(height, width)] + mean
-    return scale, torch.stack([levels[(byte >> 4).int()], levels[(byte & 15).int()]], dim=1)
+    return scale, torch.stack([levels[(byte >> 4).int()], levels[(byte & 15).int()]], dim=1), zero
 
 
 @_scales_and_values.register_fake
 def _(
     kind: str, scales: Tensor, constants: Tensor | None, height: int, width: int, row: int, column: int, after: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     values = scales.new_empty((256, 1 if constants is None else 2), dtype=FORMAT)
-    return scales.new_empty(scales.shape, dtype=FORMAT), values
+    return scales.new_empty(scales.shape, dtype=FORMAT), values, scales.new_empty(1, dtype=torch.int32)
 
 
 @torch.library.custom_op("ropewalk::in_16_bits", mutates_args=())

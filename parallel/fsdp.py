@@ -5,12 +5,16 @@ its own each chunk of the loss would gather it again. Gradients are summed, neve
 by the global count of targets.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 
 from configs.schema import ParallelConfig, PrecisionConfig
 
@@ -40,9 +44,10 @@ def shard(
     # One rank gathers from nobody: freeing its copy would only have it made twice a step.
     free = config.reshard_after_forward and mesh.size() > 1
     groups = [] if replicated else blocks
-    for block in groups:
-        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=free)
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=replicated)
+    with _integer_parameters():
+        for block in groups:
+            fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=free)
+        fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=replicated)
     if mesh.size() > 1:
         for module in (*groups, model):
             group = cast(FSDPModule, module)
@@ -95,3 +100,24 @@ def _prefetch(blocks: list[FSDPModule], ahead: int) -> None:
     for index, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + ahead])
         block.set_modules_to_backward_prefetch(blocks[max(index - ahead, 0) : index][::-1])
+
+
+@contextmanager
+def _integer_parameters() -> Iterator[None]:
+    """Let `fully_shard` of torch 2.11 take codes: it makes each shard one that requires gradients, if for a moment.
+
+    Integers can't; from torch 2.12 on it leaves them alone.
+    """
+    if torch.__version__ >= "2.12":  # compared as versions
+        yield
+        return
+    theirs = _fsdp_param.nn
+    _fsdp_param.nn = SimpleNamespace(Parameter=_parameter, Module=nn.Module)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        _fsdp_param.nn = theirs
+
+
+def _parameter(data: Tensor, requires_grad: bool = True) -> nn.Parameter:
+    return nn.Parameter(data, requires_grad=requires_grad and data.is_floating_point())

@@ -3,7 +3,7 @@
 What a value is depends on the parameter's name and the place of an element in the whole parameter, never on the layout.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -16,11 +16,24 @@ Fill = Callable[[torch.Tensor, str, tuple[int, ...], tuple[int, ...]], None]
 
 def materialise(model: nn.Module, device: torch.device, fill: Fill) -> None:
     """Allocate this rank's part of every parameter on `device` and fill it."""
+    tied = list(_tied(model))
     model.to_empty(device=device)
+    for module, key, owner, owners_key in tied:  # to_empty gives each name of a plain parameter memory of its own
+        setattr(module, key, getattr(owner, owners_key))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             local, offset = local_part(parameter)
             fill(local, name, tuple(parameter.shape), offset)
+
+
+def _tied(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, str]]:
+    """Yield the further places of each parameter that has several, and its first."""
+    first: dict[nn.Parameter, tuple[nn.Module, str]] = {}
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owner, owners_key = first.setdefault(parameter, (module, key))
+            if owner is not module:
+                yield module, key, owner, owners_key
 
 
 def local_part(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:

@@ -95,9 +95,9 @@ class Layout:
         """Combine the norms of the stages' gradients into the norm of all of them."""
         if self.degree("pp") == 1:
             return norm
-        square = norm.square()
+        square = norm.double().square()
         dist.all_reduce(square, group=self.mesh.get_group("pp"))
-        return square.sqrt()
+        return square.sqrt().to(norm.dtype)
 
     def max_over_ranks(self, values: list[float]) -> list[float]:
         """Take the largest of each value over all ranks; waits for the device."""

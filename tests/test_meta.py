@@ -353,10 +353,10 @@ def _exists(word: str, document: Path) -> bool:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=_name)
 def test_make_targets_in_documents_exist(document: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     text = document.read_text()
-    named = set(re.findall(r"`make ([a-z]+)", text))
-    named |= set(re.findall(r"^ *(?:\$ )?make ([a-z]+)", "\n".join(_code_blocks(text)), re.M))
+    named = set(re.findall(r"`make ([a-z-]+)", text))
+    named |= set(re.findall(r"^ *(?:\$ )?make ([a-z-]+)", "\n".join(_code_blocks(text)), re.M))
     assert named - targets == set()
 
 

@@ -1,6 +1,8 @@
 """Continue a prompt with a trained model; the text appears as it is made.
 
-    python tools/generate.py RUN_OR_CHECKPOINT_OR_HF_FOLDER --prompt "Once upon a time" [--greedy] [--seed N]
+    python tools/generate.py RUN_OR_CHECKPOINT_OR_FOLDER --prompt "Once upon a time" [--greedy] [--seed N]
+    python tools/generate.py ADAPTER_RUN --no-adapter ...             # its base alone
+    python tools/generate.py HF_FOLDER --adapter PEFT_FOLDER ...      # the same as: PEFT_FOLDER --base HF_FOLDER
 
 Text goes to the standard output, speed and remarks to the standard error. The tokenizer is the one saved with the
 model. An empty prompt starts a new document.
@@ -49,10 +51,17 @@ def _parser() -> argparse.ArgumentParser:
     assert __doc__ is not None, "the module docstring is the help text"
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="tools/generate.py", description=__doc__, formatter_class=formatter)
-    parser.add_argument("source", type=Path, metavar="FOLDER", help="runs/NAME, a checkpoint or a Hugging Face folder")
+    parser.add_argument(
+        "source", type=Path, metavar="FOLDER", help="runs/NAME, a checkpoint, a Hugging Face folder or one of PEFT's"
+    )
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--step", type=int, help="checkpoint of this step (default: the newest good one)")
     chosen.add_argument("--best", action="store_true", help="checkpoint with the lowest held-out loss")
+    parser.add_argument("--adapter", type=Path, metavar="PEFT_FOLDER", help="put this adapter beside the model")
+    parser.add_argument("--no-adapter", action="store_true", help="use the base of a run of an adapter alone")
+    parser.add_argument("--member", default="", help="which of several adapters that were trained at once")
+    parser.add_argument("--base", type=Path, metavar="HF_FOLDER", help="the adapter's base, where it has moved to")
+    parser.add_argument("--merged", action="store_true", help="merge the adapter into the base first, in memory")
     parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="stop after so many (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
@@ -76,7 +85,17 @@ def _generate(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     device = _device(args.device)
-    saved = open_model(args.source, step=args.step, best=args.best)
+    saved = open_model(
+        args.source,
+        step=args.step,
+        best=args.best,
+        base=args.base,
+        adapter=args.adapter,
+        member=args.member,
+        use_adapter=not args.no_adapter,
+    )
+    if args.merged and saved.adapter is None:
+        raise ConfigError(problem("--merged", "", f"{saved.where} has no adapter to merge"))
     for note in saved.notes:
         print(f"note: {note}", file=sys.stderr)
     tokenizer = _tokenizer(args.tokenizer, saved)
@@ -84,19 +103,25 @@ def _generate(args: argparse.Namespace) -> None:
     threads = args.threads or int(num_params(saved.config) < SMALL)
     if threads:
         torch.set_num_threads(threads)
-    model = load_model(saved, device, DTYPES[args.dtype] if args.dtype else saved.dtype)
+    model = load_model(saved, device, DTYPES[args.dtype] if args.dtype else saved.dtype, merged=args.merged)
     stream = tokenizer.stream()
     num_tokens = 0
     print(args.prompt, end="", flush=True)
     begin = time.perf_counter()
-    for token in generate(model, prompt, sampling, tokenizer.eos_id, tokenizer.vocab_size):
+    virtual = _num_virtual_tokens(saved)
+    for token in generate(model, prompt, sampling, tokenizer.eos_id, tokenizer.vocab_size, virtual):
         num_tokens += 1
         print(stream.push(token), end="", flush=True)
     print(stream.finish(), flush=True)
     took_s = time.perf_counter() - begin
     print(f"{num_tokens} tokens, {num_tokens / took_s:.1f} tokens/s on {device} ({saved.where})", file=sys.stderr)
-    if len(prompt) + num_tokens == saved.config.max_seq_len and num_tokens < sampling.max_new_tokens:
+    if virtual + len(prompt) + num_tokens == saved.config.max_seq_len and num_tokens < sampling.max_new_tokens:
         print(f"note: the model's context of {saved.config.max_seq_len} tokens is full", file=sys.stderr)
+
+
+def _num_virtual_tokens(saved: SavedModel) -> int:
+    adapter = None if saved.adapter is None else saved.adapter.config
+    return adapter.num_virtual_tokens if adapter is not None and adapter.kind in ("prompt", "prefix") else 0
 
 
 def _device(name: str) -> torch.device:

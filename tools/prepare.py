@@ -15,10 +15,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from configs.errors import RunError
-from engine.data.prepare import DEFAULT_HELDOUT, Prepared, PrepareOptions, Progress, ProgressCallback, prepare
-from engine.data.sources import STDLIB, listed_suffixes, supported
+from engine.data.options import DEFAULT_HELDOUT, PrepareOptions
+from engine.data.prepare import Prepared, Progress, ProgressCallback, prepare
+from engine.data.sources import FORMATS, STDLIB, STDLIB_DOCS, listed_suffixes, supported
 
 NEXT_COMMAND = "{torchrun} --nproc-per-node 2 launchers/train.py configs/quickstart.toml {overrides}"
 """What to run on a new store; `torchrun` is that of this environment, `overrides` names the store, its vocabulary and a
@@ -58,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help=f"files, folders (searched recursively), or {STDLIB} (the sources of Python's own standard library). "
+        help=f"files, folders (searched recursively), {STDLIB} (the sources of Python's own standard library) or "
+        f"{STDLIB_DOCS} (questions about its functions, and their answers). "
         f"Read are {supported()}. A text file is one document; .jsonl and .parquet hold one a record",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make; must not exist yet")
@@ -77,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         help="train a sentencepiece BPE tokenizer of this many tokens on a sample of the inputs",
     )
     _add_record_options(parser)
+    _add_example_options(parser.add_argument_group("examples", "answers of which a model learns: see docs/data.md"))
     return parser
 
 
@@ -88,8 +92,9 @@ def _add_record_options(parser: argparse.ArgumentParser) -> None:
         "--on-bad-record",
         choices=("fail", "skip"),
         default="fail",
-        help="a record without usable text (broken JSON, no such field, not a string, not UTF-8, empty, too long) "
-        "ends the preparation, or is left out and counted (default: fail)",
+        help="a record without usable text (broken JSON, no such field, not a string, not UTF-8, empty, too long), or "
+        "an example without an answer or of which the answer can't be told apart, ends the preparation, or is left out "
+        "and counted (default: fail)",
     )
     parser.add_argument(
         "--heldout-fraction",
@@ -119,22 +124,42 @@ def _add_record_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_example_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--format",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="what records hold: a text, {prompt, completion}, {instruction, input, output} or {messages} "
+        "(default: auto, by the fields of each file). Any but auto and text that is found so makes a store of examples",
+    )
+    group.add_argument("--prompt-field", default="", metavar="NAME", help="field with the prompt (default: prompt)")
+    group.add_argument(
+        "--completion-field", default="", metavar="NAME", help="field with the answer to it (default: completion)"
+    )
+    group.add_argument(
+        "--messages-field",
+        default="",
+        metavar="NAME",
+        help="field with the messages (default: messages, conversations)",
+    )
+    group.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="jinja template of messages (default: the tokenizer's own)"
+    )
+    group.add_argument("--chat", action="store_true", help="lay prompts and instructions out by the chat template too")
+    group.add_argument(
+        "--seq-len", type=int, default=0, metavar="N", help="most tokens of an example (default: any number)"
+    )
+    group.add_argument(
+        "--on-long-example",
+        choices=("fail", "skip", "truncate"),
+        default="fail",
+        help="an example of more tokens ends the preparation, is left out and counted, or is cut (default: fail)",
+    )
+
+
 def _parse(arguments: Sequence[str] | None) -> PrepareOptions:
     given = _parser().parse_args(arguments)
-    return PrepareOptions(
-        sources=tuple(given.inputs),
-        out=given.out,
-        tokenizer=given.tokenizer,
-        train_tokenizer=given.train_tokenizer,
-        text_field=given.text_field,
-        on_bad_record=given.on_bad_record,
-        heldout_fraction=given.heldout_fraction,
-        workers=given.workers,
-        max_bytes=given.max_bytes,
-        eos_token=given.eos_token,
-        bos=given.bos,
-        dtype=given.dtype,
-    )
+    return PrepareOptions(sources=tuple(given.inputs), **{k: v for k, v in vars(given).items() if k != "inputs"})
 
 
 @contextmanager
@@ -189,19 +214,34 @@ def _summary(prepared: Prepared, took_s: float) -> list[str]:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in prepared.bad_records.items())
         lines.append(f"  bad records left out: {counts}; the first:")
         lines += [f"    {example}" for example in made["bad_records"]["examples"][:5]]
+    lines += _about_examples(made.get("examples"), tokens)
     if made["inexact_documents"]:
         lines.append(
             f"  in {made['inexact_documents']:,} documents the tokenizer changes the text, so that bits per byte are "
             "approximate"
         )
-    return [*lines, "", *_how_to_go_on(prepared.path, tokenizer.vocab_size)]
+    return [*lines, "", *_how_to_go_on(prepared.path, tokenizer.vocab_size, examples="examples" in made)]
 
 
-def _how_to_go_on(path: Path, vocab_size: int) -> list[str]:
+def _about_examples(examples: dict[str, Any] | None, tokens: int) -> list[str]:
+    if examples is None:
+        return []
+    answers, cut = examples["answer_tokens"], examples["truncated"]
+    formats = ", ".join(f"{count:,} {name}" for name, count in examples["formats"].items())
+    lines = [f"  answers    {answers:>12,} tokens, {answers / tokens:.1%} of all; files by format: {formats}"]
+    if cut["count"]:
+        lines.append(f"  cut to {examples['seq_len']:,} tokens: {cut['count']:,} examples; the first:")
+        lines += [f"    {example}" for example in cut["examples"][:5]]
+    return lines
+
+
+def _how_to_go_on(path: Path, vocab_size: int, *, examples: bool = False) -> list[str]:
     quoted = str(path).replace("\\", "\\\\").replace('"', '\\"')
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)
     stores = shlex.quote(f'[{{path = "{quoted}"}}]')
     overrides = f"--run.name {name} --model.vocab_size {vocab_size} --data.stores {stores}"
+    if examples:
+        overrides += " --objective.kind sft --data.packing best_fit --data.document_mask true"
     torchrun = shlex.quote(os.path.relpath(Path(sys.executable).with_name("torchrun")))  # .venv need not be active
     return [
         "In a config:",

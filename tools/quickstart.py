@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
     try:
         config = resolve(load_config(CONFIG, argv), RANKS)
         folder = RunFolder(config.run)
-        if not _is_done(folder, config):
-            code = _train(argv)
+        if not is_trained(folder, config):
+            code = train(CONFIG, argv)
             if code != 0:
                 return code
         else:
@@ -51,18 +51,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _is_done(folder: RunFolder, config: Config) -> bool:
+def is_trained(folder: RunFolder, config: Config) -> bool:
+    """Say whether a run has reached its last step."""
     last = folder.checkpoints / f"step-{config.run.steps:08d}"
     return last.is_dir() and folder.metrics.is_file()
 
 
-def _train(argv: list[str]) -> int:
-    """Run torchrun; on Ctrl-C end all its processes at once, which costs at most the steps since a checkpoint."""
+def train(preset: Path, argv: list[str]) -> int:
+    """Run torchrun on a preset; Ctrl-C ends all its processes at once, at the price of the steps since a checkpoint."""
     # torchrun warns where it is unset; the launcher sets each rank's threads itself.
     command = ["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "torch.distributed.run"]
     command += ["--standalone", "--nproc-per-node", str(RANKS)]
-    command += ["launchers/train.py", str(CONFIG), *argv]
-    print(f"torchrun --nproc-per-node {RANKS} launchers/train.py {' '.join([str(CONFIG), *argv])}", flush=True)
+    command += ["launchers/train.py", str(preset), *argv]
+    print(f"torchrun --nproc-per-node {RANKS} launchers/train.py {' '.join([str(preset), *argv])}", flush=True)
     # A session of its own: otherwise Ctrl-C reaches torchrun by itself, which prints a traceback.
     process = subprocess.Popen(command, start_new_session=True)
     try:

@@ -4,8 +4,8 @@ The global batch of step k (counted from 0) is samples k * G .. (k + 1) * G - 1 
 of n equal slices, cut into microbatches. So there is no loader state: a run that resumes on another layout goes on with
 the same tokens. Held-out batches are the same sequences on any number of ranks, and no randomness is in them.
 
-Under objective `sft` the targets are the answers of examples, which are never cut and never see each other; a config or
-a store with which that can't be is refused.
+Under objective `sft` the targets are the answers of examples, which are never cut and never see each other; a store
+with which that can't be is refused.
 """
 
 import hashlib
@@ -45,6 +45,15 @@ class Batch:
     """The position's number in the run: sample * seq_len + place in the sequence; only where it was asked for."""
     virtual: Tensor | None = None
     """Number of the virtual token there, or -1; None where there are none."""
+    members: int = 0
+    """Adapters whose batches these are, one after the other with as many sequences each; 0: all is of one batch."""
+    bytes_of_members: tuple[int, ...] = ()
+    """num_bytes of each member."""
+
+    def num_targets(self) -> Tensor:
+        """Count the targets, or those of each member (members); int64."""
+        counted = self.targets != IGNORE
+        return counted.view(self.members, -1).sum(dim=1) if self.members else counted.sum()
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device."""
@@ -56,7 +65,7 @@ class Batch:
             host = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
             return host.to(device, non_blocking=True)
 
-        return self._changed(moved, moved(self.documents), self.num_bytes)
+        return self._changed(moved, moved(self.documents))
 
     def part(self, held: Tensor, *, counts_bytes: bool) -> "Batch":
         """Return the positions `held` of every sequence, with their positions said; documents stay whole.
@@ -67,18 +76,26 @@ class Batch:
         def chosen(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[:, held]
 
-        part = self._changed(chosen, self.documents, self.num_bytes if counts_bytes else 0)
+        part = self._changed(chosen, self.documents)
+        if not counts_bytes:
+            part = replace(part, num_bytes=0, bytes_of_members=(0,) * self.members)
         positions = held.expand(self.tokens.shape[0], -1) if self.positions is None else part.positions
         return replace(part, positions=positions)
 
-    def _changed(
-        self, change: Callable[[Tensor | None], Tensor | None], documents: Tensor | None, num_bytes: int
-    ) -> "Batch":
+    def _changed(self, change: Callable[[Tensor | None], Tensor | None], documents: Tensor | None) -> "Batch":
         """Change every tensor but the documents."""
         tokens, targets = change(self.tokens), change(self.targets)
         assert tokens is not None and targets is not None, "what is there stays there"
         positions, places, virtual = change(self.positions), change(self.places), change(self.virtual)
-        return Batch(tokens, targets, positions, documents, num_bytes, places, virtual)
+        return replace(
+            self,
+            tokens=tokens,
+            targets=targets,
+            positions=positions,
+            documents=documents,
+            places=places,
+            virtual=virtual,
+        )
 
 
 class Batches:
@@ -103,7 +120,7 @@ class Batches:
         self._config, self._seed, self._split = config, seed, split
         self._objective, self._virtual, self._with_places = objective, num_virtual_tokens, with_places
         self.stores = [TokenStore.open(store.path) for store in config.stores]
-        _check_same_tokenizer(self.stores)
+        check_same_tokenizer(self.stores)
         first = self.stores[0]
         self.fingerprints = [store.fingerprint for store in self.stores]
         self.tokenizer_hash = first.tokenizer.sha256
@@ -253,24 +270,15 @@ class Batches:
 
 
 def _check_laying(config: DataConfig, objective: str, num_virtual_tokens: int) -> None:
-    """Refuse sequences that would cut what must stay whole, or mix what must stay apart."""
+    """Hold what a config has been refused for, had it said otherwise (configs/check.py)."""
     if not config.stores:
         raise DataError(problem("data.stores", "", "at least one token store is needed"))
-    if num_virtual_tokens >= config.seq_len:
-        what = f"must be less than data.seq_len = {config.seq_len}"
-        raise DataError(problem("adapter.num_virtual_tokens", num_virtual_tokens, what, "they stand in the sequence"))
-    do = "Use --data.packing best_fit, or none."
-    if num_virtual_tokens and config.document_mask and config.packing == "concat":
-        why = "virtual tokens stand before each document, and the rest of a cut one would lack them"
-        raise DataError(problem("data.packing", config.packing, "excludes virtual tokens with document_mask", why, do))
-    if objective == "sft" and config.packing == "concat":
-        why = "it cuts examples wherever a sequence ends"
-        do = "Use --data.packing best_fit with --data.document_mask true, or --data.packing none."
-        raise DataError(problem("data.packing", config.packing, "excludes objective.kind = 'sft'", why, do))
-    if objective == "sft" and config.packing == "best_fit" and not config.document_mask:
-        why = "else they would see each other"
-        do = "Use --data.document_mask true, or --data.packing none."
-        raise DataError(problem("data.document_mask = false", "", "must be true to pack examples (objective.kind = 'sft')", why, do))
+    assert num_virtual_tokens < config.seq_len, "virtual tokens stand in the sequence"
+    cuts_documents = config.packing == "concat"
+    assert not (num_virtual_tokens and config.document_mask and cuts_documents), "the rest of a cut one would have none"
+    if objective == "sft":
+        assert not cuts_documents, "concat cuts examples wherever a sequence ends"
+        assert config.document_mask or config.packing == "none", "packed examples would see each other"
 
 
 def _check_examples(store: TokenStore, sequences: Sequences, seq_len: int, num_virtual_tokens: int) -> None:
@@ -305,7 +313,8 @@ def _shares(weights: np.ndarray, counts: list[int], total: int) -> list[int]:
     return wanted
 
 
-def _check_same_tokenizer(stores: list[TokenStore]) -> None:
+def check_same_tokenizer(stores: list[TokenStore]) -> None:
+    """Raise DataError where a store was made with another tokenizer than the first."""
     first = stores[0]
     for store in stores[1:]:
         same = store.tokenizer.sha256 == first.tokenizer.sha256 and store.tokenizer.eos_id == first.tokenizer.eos_id

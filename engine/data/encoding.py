@@ -101,6 +101,7 @@ def encode_corpus(corpus: Corpus, encoder: Encoder, workers: int) -> Generator[E
         return
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
     try:
+        _start_workers(pool)
         pending: deque[Future[Encoded]] = deque()
         for chunk in chunks:
             pending.append(pool.submit(encode_chunk, encoder, chunk))
@@ -224,6 +225,15 @@ def _tools(encoder: Encoder) -> _Tools:
     template = ChatTemplate(source, str(encoder.tokenizer), tokenizer.named_tokens()) if source else None
     answers = AnswerEncoder(tokenizer, template, encoder.bos, encoder.as_chat)
     return _Tools(tokenizer, answers, tokenizer.token_bytes().astype(np.int64), tokenizer.prefix_bytes())
+
+
+def _start_workers(pool: ProcessPoolExecutor) -> None:
+    """Start all workers deaf to Ctrl-C from birth: one that is still importing would answer it with a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        pool.submit(os.getpid)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker() -> None:

@@ -127,25 +127,27 @@ def sample_text(record: RawRecord, fields: Fields) -> tuple[str, str]:
 def _format_of(file: SourceFile, fields: Fields) -> Format:
     if file.kind in ("text", "docstrings"):
         return file.format
-    if fields.format != "auto":
-        return fields.format
-    asked = fields.prompt or fields.completion or fields.messages
-    return _guess(_names(file, fields), fields, first_text=not asked)
+    return _guess(_names(file, fields), fields) if fields.format == "auto" else fields.format
 
 
-def _guess(names: Collection[str], fields: Fields, first_text: bool) -> Format:
-    """The format that has all its fields; a text field comes first unless another was asked for by name."""
-    if first_text and fields.text in names:
-        return "text"
-    if any(name in names for name in ((fields.messages,) if fields.messages else _MESSAGE_FIELDS)):
-        return "messages"
-    if all(name in names for name in fields.pair):
-        return "completion"
-    if "instruction" in names and "output" in names:
-        return "instruction"
-    if not first_text:  # so that a wrong name is called one
-        return "messages" if fields.messages else "completion"
-    return "text"
+def _guess(names: Collection[str], fields: Fields) -> Format:
+    """The first format that has all its fields; those whose fields were named come before the others."""
+    asked_pair, asked_messages = bool(fields.prompt or fields.completion), bool(fields.messages)
+    pair = all(name in names for name in fields.pair)
+    messages = any(name in names for name in ((fields.messages,) if asked_messages else _MESSAGE_FIELDS))
+    candidates: list[tuple[bool, Format]] = [
+        (asked_pair and pair, "completion"),
+        (asked_messages and messages, "messages"),
+        (fields.text in names, "text"),
+        (messages, "messages"),
+        (pair, "completion"),
+        ("instruction" in names and "output" in names, "instruction"),
+        # So that a wrong name is called one.
+        (asked_pair, "completion"),
+        (asked_messages, "messages"),
+        (True, "text"),
+    ]
+    return next(format for fits, format in candidates if fits)
 
 
 def _names(file: SourceFile, fields: Fields) -> Collection[str]:

@@ -19,7 +19,7 @@ from engine.data.answers import TEMPLATE, find_template
 from engine.data.chat import ChatTemplate
 from engine.data.encoding import Encoded, Encoder, encode_corpus, num_workers, text_hash
 from engine.data.examples import find_formats
-from engine.data.options import DEFAULT_HELDOUT, PrepareOptions, check_effects, check_options
+from engine.data.options import PrepareOptions, check_effects, check_options
 from engine.data.records import BadRecord
 from engine.data.sources import Corpus, find_files, listed_suffixes
 from engine.data.staging import refuse_existing, staged_folder
@@ -91,15 +91,19 @@ def prepare_from_config(store: StoreConfig, progress: ProgressCallback | None = 
 
 def prepare(options: PrepareOptions, progress: ProgressCallback | None = None) -> Prepared:
     """Write a token store; raises ConfigError or DataError, and then leaves nothing behind."""
-    _check_options(options)
+    check_options(options)
     refuse_existing(options.out)
     if options.tokenizer is not None:
         Tokenizer(options.tokenizer, options.eos_token)  # a wrong one is refused before anything is read
-    corpus = find_files(options.sources)
+    corpus = find_formats(find_files(options.sources), options.fields)
+    marked = options.format != "auto" or any(file.format != "text" for file in corpus.files)
+    check_effects(options, corpus, marked)
     report = progress or _silent
     with staged_folder(options.out) as folder:
         tokenizer = _copy_tokenizer(options, corpus, folder, report)
-        build = _Build(options, corpus, folder, tokenizer)
+        if options.chat or any(file.format == "messages" for file in corpus.files):
+            _copy_template(options, tokenizer, folder)
+        build = _Build(options, corpus, folder, tokenizer, marked)
         try:
             build.run(report)
         finally:
@@ -129,12 +133,23 @@ def _copy_tokenizer(options: PrepareOptions, corpus: Corpus, folder: Path, repor
         def is_trained_on(text: str) -> bool:
             return not is_held_out(text_hash(text), options.heldout_fraction)
 
-        sample = sample_texts(corpus, options.text_field, budget, options.max_bytes, is_trained_on)
+        sample = sample_texts(corpus, options.fields, budget, options.max_bytes, is_trained_on)
         trained = folder / "trained.model"
         train_tokenizer(sample, options.train_tokenizer, trained)
         Tokenizer(trained).copy_to(folder / TOKENIZER)
         trained.unlink()
     return Tokenizer(folder / TOKENIZER)
+
+
+def _copy_template(options: PrepareOptions, tokenizer: Tokenizer, folder: Path) -> None:
+    """Put the template of conversations beside the tokenizer, for all who will talk with the model."""
+    source = find_template(tokenizer, options.chat_template)
+    where = str(options.chat_template or options.tokenizer or "the trained tokenizer")
+    if not source:
+        do = "Give one with --chat-template FILE."
+        raise DataError(problem(where, "", "has no chat template", "conversations are laid out by one", do))
+    ChatTemplate(source, where, tokenizer.named_tokens())  # a broken one is refused before anything is read
+    (folder / TOKENIZER / TEMPLATE).write_text(source, encoding="utf-8")
 
 
 @dataclass
@@ -145,8 +160,13 @@ class _Build:
     corpus: Corpus
     folder: Path
     tokenizer: Tokenizer
+    marked: bool
+    """The records are examples."""
     bad_counts: Counter[str] = field(default_factory=Counter)
     bad_examples: list[str] = field(default_factory=list)
+    num_cut: int = 0
+    cut_examples: list[str] = field(default_factory=list)
+    answer_tokens: int = 0
     inexact: int = 0
     total_bytes: int = 0
     """Bytes of text taken so far."""
@@ -160,12 +180,26 @@ class _Build:
         self.shard_tokens = max(1, self.options.shard_bytes // DTYPES[self.dtype].itemsize)
         if self.options.bos and self.tokenizer.bos_id is None:
             raise DataError(problem(str(self.tokenizer.path), "", "has no begin-of-text token", do="Leave out --bos."))
-        self.train = SplitWriter(self.folder / "train", self.dtype, self.shard_tokens)
-        self.heldout = SplitWriter(self.folder / "heldout", self.dtype, self.shard_tokens)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.train, self.heldout = (
+            SplitWriter(self.folder / name, self.dtype, self.shard_tokens, with_answers=self.marked)
+            for name in ("train", "heldout")
+        )
 
     def run(self, report: ProgressCallback) -> None:
         """Encode the corpus and write both splits."""
-        encoder = Encoder(self.folder / TOKENIZER, "", self.options.text_field, self.dtype, self.options.bos)
+        encoder = Encoder(
+            self.folder / TOKENIZER,
+            self.options.fields,
+            self.dtype,
+            bos=self.options.bos,
+            marked=self.marked,
+            as_chat=self.options.chat,
+            seq_len=self.options.seq_len,
+            truncate=self.options.on_long_example == "truncate",
+        )
         workers = num_workers(self.options.workers, self.options.max_bytes or self.corpus.size_bytes)
         done = 0
         chunks = encode_corpus(self.corpus, encoder, workers)
@@ -213,6 +247,13 @@ class _Build:
             "bad_records": {"counts": dict(sorted(self.bad_counts.items())), "examples": self.bad_examples},
             "inexact_documents": self.inexact,
         }
+        if self.marked:
+            preparation["examples"] = {
+                "formats": dict(sorted(Counter(file.format for file in self.corpus.files).items())),
+                "answer_tokens": self.answer_tokens,
+                "seq_len": options.seq_len,
+                "truncated": {"count": self.num_cut, "examples": self.cut_examples},
+            }
         return StoreManifest(self.dtype, self.shard_tokens, entry, self.entries, preparation)
 
     def _take(self, chunk: Encoded) -> bool:
@@ -227,24 +268,42 @@ class _Build:
         if not more and self.total_bytes == 0 and count == 0:
             what = f"is less than the first document, of {int(chunk.num_bytes[0])} bytes"
             raise DataError(problem("max_bytes", limit, what, do="Allow more."))
+        for before, record in chunk.cut:
+            if before < count:
+                self.num_cut += 1
+                self.cut_examples += [str(record)] if len(self.cut_examples) < BAD_EXAMPLES else []
         tokens = chunk.tokens[: int(chunk.lengths[:count].sum())]
+        answers = None if chunk.answers is None else chunk.answers[: len(tokens)]
+        self.answer_tokens += 0 if answers is None else int(answers.sum())
         lengths, num_bytes, hashes = chunk.lengths[:count], chunk.num_bytes[:count], chunk.hashes[:count]
         self.total_bytes += int(num_bytes.sum())
         self.inexact += chunk.inexact
         held = is_held_out(hashes, self.options.heldout_fraction)
         self._watch_lowest(hashes[~held])
         for writer, side in ((self.train, ~held), (self.heldout, held)):
-            writer.append(tokens[np.repeat(side, lengths)], lengths[side], num_bytes[side])
+            taken = np.repeat(side, lengths)
+            writer.append(tokens[taken], lengths[side], num_bytes[side], None if answers is None else answers[taken])
         return more
 
     def _note(self, record: BadRecord) -> None:
-        if self.options.on_bad_record == "fail":
-            repair = "Name the field by --text-field" if record.kind == "missing_field" else "Repair it"
-            do = f"{repair}, or leave such records out: tools/prepare.py --on-bad-record skip."
+        too_long = record.kind == "over_seq_len"
+        handling = self.options.on_long_example if too_long else self.options.on_bad_record
+        if handling == "fail":
+            option = "--on-long-example skip (or truncate)" if too_long else "--on-bad-record skip"
+            do = f"{self._repair(record)}, or leave such records out: tools/prepare.py {option}."
             raise DataError(f"{record}. {do}")
         self.bad_counts[record.kind] += 1
         if len(self.bad_examples) < BAD_EXAMPLES:
             self.bad_examples.append(f"{record.kind}: {record}")
+
+    def _repair(self, record: BadRecord) -> str:
+        fields = "Name the fields (--prompt-field, --completion-field, --messages-field) or the --format"
+        return {
+            "missing_field": fields if self.marked else "Name the field by --text-field",
+            "unmarked": "Give a template with {% generation %} blocks by --chat-template",
+            "no_end": "Name the token that ends an answer by --eos-token, or give another --chat-template",
+            "over_seq_len": "Raise --seq-len",
+        }.get(record.kind, "Repair it")
 
     def _watch_lowest(self, hashes: npt.NDArray[np.uint64]) -> None:
         """Remember which train documents would be held out first, if no other is."""
@@ -274,14 +333,15 @@ class _Build:
         whole = Split(self.folder / "undivided", self.entries["train"], self.dtype, self.shard_tokens)
         for name in ("train", "heldout"):
             _remove_files(self.folder / name)
-        self.train = SplitWriter(self.folder / "train", self.dtype, self.shard_tokens)
-        self.heldout = SplitWriter(self.folder / "heldout", self.dtype, self.shard_tokens)
+        self._begin()
         chosen = set(self.lowest_documents)
         for document in range(whole.num_documents):
-            tokens = whole.read(int(whole.offsets[document]), int(whole.offsets[document + 1]))
+            bounds = int(whole.offsets[document]), int(whole.offsets[document + 1])
+            tokens = whole.read(*bounds)
             num_bytes = whole.document_bytes[document : document + 1].astype(np.int64)
             writer = self.heldout if document in chosen else self.train
-            writer.append(tokens, np.array([len(tokens)], dtype=np.int64), num_bytes)
+            answers = whole.read_answers(*bounds) if self.marked else None
+            writer.append(tokens, np.array([len(tokens)], dtype=np.int64), num_bytes, answers)
         self.entries = {"train": self.train.finish(), "heldout": self.heldout.finish()}
         _remove_files(self.folder / "undivided")
 

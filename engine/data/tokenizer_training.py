@@ -73,8 +73,9 @@ def sample_texts(
 ) -> Iterator[str]:
     """Yield documents of about `budget_bytes` in all, spread evenly over the first `max_bytes` (0: all) of the corpus.
 
-    Documents that are not `wanted`, by their text or what tells an example apart, are passed over. After each file the sample holds the same share of what was passed:
-    of small files every so many is taken whole, of a large one its beginning.
+    Documents that are not `wanted`, by their text or by what tells an example apart, are passed over. After each file
+    the sample holds the same share of what was passed: of small files every so many is taken whole, of a large one its
+    beginning.
     """
     total = corpus.size_bytes
     if max_bytes:

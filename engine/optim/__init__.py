@@ -13,19 +13,24 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from configs.adapters import MemberConfig
 from configs.errors import ConfigError, problem
 from configs.schema import OptimConfig
 from engine.optim.apex import ApexAdamW
 from engine.optim.lion import Lion
+from engine.optim.members import MemberOptimizer
 from engine.optim.muon import Muon
+from engine.optim.paged import PagedAdamW8bit
+from models.peft_format import split_member
 
 _FUSED_DEVICES = frozenset({"cuda", "cpu"})
 UNHIDDEN = ("embed_tokens", "lm_head")
 """Modules whose matrices map tokens, not activations: Muon leaves them to AdamW (kellerjordan.github.io/posts/muon)."""
 LORA_B = {"lora_B", "lora_embedding_B"}
 """Parts of the names of what LoRA+ trains faster (arXiv:2402.12354, section 5)."""
-STATE_TENSORS = {"adamw": (2, 2), "muon": (1, 2), "lion": (1, 1), "apex": (2, 2)}
-"""Tensors of a parameter's shape and dtype that are kept for each hidden matrix, and for each other parameter."""
+STATE_TENSORS = {"adamw": (2, 2), "muon": (1, 2), "lion": (1, 1), "apex": (2, 2), "paged_adamw_8bit": (0, 0)}
+"""Tensors of a parameter's shape and dtype that are kept for each hidden matrix, and for each other parameter; not
+bytes, which may be paged out to the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +65,37 @@ class _Trainable:
         return all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in self.decayed + self.undecayed)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, lora_plus_ratio: float = 1.0) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    config: OptimConfig,
+    lora_plus_ratio: float = 1.0,
+    members: Sequence[MemberConfig] = (),
+    *,
+    stage: bool = False,
+) -> torch.optim.Optimizer:
     """Build the optimizer of the parameters that require gradients; raise ConfigError where there are none.
 
-    Build it after sharding: its state takes each parameter's type, placement and dtype. A tied weight counts once.
+    Build it after sharding: its state takes each parameter's type, placement and dtype. A tied weight counts once. Of
+    several members each has an optimizer of its own. A `stage` of a pipeline may train nothing, others do.
     """
     named = sorted((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    if not named:
+    if not named and not stage:
         raise ConfigError("optim: no parameter of the model is trainable. Unfreeze some, or add an adapter.")
-    unhidden = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    unhidden = frozenset(id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding))
+    if not members:
+        return _build(named, unhidden, config, lora_plus_ratio)
+    owners = {name: split_member(name, [member.name for member in members])[1] for name, _ in named}
+    parts = [[(name, p) for name, p in named if owners[name] == member.name] for member in members]
+    assert sum(map(len, parts)) == len(named), "every trained parameter is of one member"
+    optimizers = [_build(part, unhidden, config, lora_plus_ratio) for part in parts]
+    return MemberOptimizer(optimizers, [(member.lr or config.lr) / config.lr for member in members])
+
+
+def _build(
+    named: Sequence[tuple[str, nn.Parameter]], unhidden: frozenset[int], config: OptimConfig, lora_plus_ratio: float
+) -> torch.optim.Optimizer:
+    if not named:
+        return torch.optim.AdamW([{"params": []}], lr=config.lr)
     trainable = _Trainable(
         hidden=[p for name, p in named if p.ndim == 2 and id(p) not in unhidden and not _is_unhidden(name)],
         decayed=[p for _, p in named if p.ndim >= 2],
@@ -125,9 +152,15 @@ def _apex(trainable: _Trainable, config: OptimConfig) -> torch.optim.Optimizer:
     return ApexAdamW(groups, lr=config.lr, betas=betas, eps=config.eps)
 
 
+def _paged(trainable: _Trainable, config: OptimConfig) -> torch.optim.Optimizer:
+    groups, betas = trainable.groups(config.weight_decay), (config.beta1, config.beta2)
+    return PagedAdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps)
+
+
 _BUILDERS: dict[str, Callable[[_Trainable, OptimConfig], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "muon": _muon,
     "lion": _lion,
     "apex": _apex,
+    "paged_adamw_8bit": _paged,
 }

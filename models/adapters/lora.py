@@ -22,6 +22,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from configs.adapters import AdapterConfig
+from configs.errors import ConfigError, problem
 from models.linear import IN, OUT, Embedding, Linear, Marks
 
 SITE = "lora_site"
@@ -117,6 +118,11 @@ Adapted = Mapping[str, tuple[int, float]]
 
 def attach_lora(modules: Mapping[str, nn.Module], members: Sequence[Adapted], config: AdapterConfig) -> None:
     """Put LoRA beside modules, as far as this stage has them; `members` name the same ones."""
+    for index, member in enumerate(config.members):
+        if hasattr(nn.ModuleDict(), member.name):
+            why = "torch's modules have an attribute of that name"
+            where = f"adapter.members.{index}.name"
+            raise ConfigError(problem(where, member.name, "can't be a member's name", why, "Choose another."))
     for name in members[0]:
         module = modules.get(name)
         of_members = [adapted[name] for adapted in members]
@@ -134,8 +140,8 @@ def _attach_linear(linear: Linear, of_members: Sequence[tuple[int, float]], conf
     a = [Factor(rank, linear.in_features) for rank, _ in of_members]
     b = [Factor(linear.out_features, rank) for rank, _ in of_members]
     names = [member.name for member in config.members]
-    linear.lora_A = nn.ModuleDict(zip(names, a, strict=True)) if names else a[0]
-    linear.lora_B = nn.ModuleDict(zip(names, b, strict=True)) if names else b[0]
+    linear.lora_A = nn.ModuleDict(dict(zip(names, a, strict=True))) if names else a[0]
+    linear.lora_B = nn.ModuleDict(dict(zip(names, b, strict=True))) if names else b[0]
     for below in [f".{name}.weight" for name in names] or [".weight"]:
         linear.sides |= {f"lora_A{below}": (None, IN), f"lora_B{below}": (OUT, None)}
     if config.dora:

@@ -23,7 +23,7 @@ from models.hf_write import write_hf
 from models.linear import Marks
 from models.llama import Llama
 from models.merge import merged_config, merged_tensors
-from models.peft_config import adapter_of, adapter_shapes
+from models.peft_config import adapter_of
 from models.peft_format import AdapterWeights, split_member, write_peft
 
 TOLERANCE = 1e-5
@@ -279,10 +279,3 @@ def test_base_weights_beside_an_adapter_must_be_the_bases(tmp_path: Path) -> Non
     assert str(caught.value) == text
     with pytest.raises(Exception, match="a weight of the base, which can't be compared here"):
         weights.check()
-
-
-def test_shapes_are_those_of_the_attached_model() -> None:
-    for case in CASES.values():
-        config = make_config(case.shape)
-        ours = make_ours(config, make_base(config), case.ours)
-        assert adapter_shapes(config, case.ours) == {n: tuple(p.shape) for n, p in trained(ours).items()}

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from engine.data.mix import MAX_BLOCK, Mix, apportion
 from engine.data.order import permute
-from engine.data.pack import pack
+from engine.data.pack import one_each, pack
 
 keys = st.tuples(st.integers(0, 2**63), st.integers(0, 100), st.integers(0, 1000))
 weights = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)
@@ -124,6 +124,20 @@ def test_packing_keeps_every_token_and_cuts_only_what_does_not_fit(lengths: list
         expected += cuts[:-1] if len(cuts) > 1 and cuts[-1][1] == 1 else cuts
         begin += length
     assert pieces == expected
+
+
+@given(lengths_of_documents, st.integers(6, 40), st.integers(0, 4))
+def test_room_before_each_document_is_kept(lengths: list[int], seq_len: int, before: int) -> None:
+    offsets = np.cumsum([0, *lengths]).astype(np.uint64)
+    packed, alone = pack(offsets, seq_len, before), one_each(offsets, seq_len, before)
+    plain = pack(offsets, seq_len - before)
+    for plan in (packed, alone):
+        pieces = sorted(zip(plan.start.tolist(), plan.length.tolist(), strict=True))
+        assert pieces == sorted(zip(plain.start.tolist(), plain.length.tolist(), strict=True))
+        used = np.add.reduceat(plan.length + before, plan.first[:-1])
+        assert (used <= seq_len).all() and plan.first[-1] == len(plan.start)
+    assert (np.diff(alone.first) == 1).all()
+    assert packed.num_sequences <= alone.num_sequences
 
 
 def plain_best_fit_decreasing(lengths: list[int], seq_len: int) -> int:

@@ -101,7 +101,8 @@ def test_help_explains_every_option() -> None:
     parsed = set(re.findall(r"^  (--[a-z-]+)", out, re.MULTILINE))
     assert parsed == {
         "--out", "--tokenizer", "--train-tokenizer", "--text-field", "--on-bad-record", "--heldout-fraction",
-        "--workers", "--max-bytes", "--eos-token", "--bos", "--dtype",
+        "--workers", "--max-bytes", "--eos-token", "--bos", "--dtype", "--format", "--prompt-field",
+        "--completion-field", "--messages-field", "--chat-template", "--chat", "--seq-len", "--on-long-example",
     }  # fmt: skip
 
 

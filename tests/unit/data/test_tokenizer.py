@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from configs.errors import ConfigError, DataError
-from engine.data.sources import find_files
 from engine.data.examples import Fields
+from engine.data.sources import find_files
 from engine.data.tokenizer import Tokenizer
 from engine.data.tokenizer_training import sample_texts, train_tokenizer
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,3 +64,26 @@ def test_without_bytes_or_targets_nothing_divides_by_zero() -> None:
     assert evaluate(nn.Linear(1, 1), forward, [batch(2, 3, 0)], layout) == HeldoutLoss(2.0, None, 3)
     assert evaluate(nn.Linear(1, 1), forward, [batch(2, 0, 0)], layout) == HeldoutLoss(0.0, None, 0)
     assert evaluate(nn.Linear(1, 1), forward, [], layout) == HeldoutLoss(0.0, None, 0)
+
+
+def of_members(batch: Batch) -> Tensor:
+    """One nat a target of the first member, two of the second."""
+    return batch.num_targets() * torch.tensor([1.0, 2.0])
+
+
+def heldout_of_members(batches_of_ranks: list[list[Batch]]) -> HeldoutLoss:
+    layout = build_layout(ParallelConfig(dp_shard=dist.get_world_size()), torch.device("cpu"))
+    return evaluate(nn.Linear(1, 1), of_members, batches_of_ranks[dist.get_rank()], layout)
+
+
+def test_members_are_measured_apart_and_the_loss_is_their_mean() -> None:
+    """The second member has half the targets in all, and no byte on the first rank."""
+    batches = [
+        [replace(batch(4, 16, 0), members=2, bytes_of_members=(50, 0))],
+        [replace(batch(4, 24, 0), members=2, bytes_of_members=(50, 40))],
+    ]
+    found = run_ranks(2, heldout_of_members, batches)
+    a = HeldoutLoss(1.0, 1.0 / math.log(2) * 32 / 100, 32)
+    b = HeldoutLoss(2.0, 2.0 / math.log(2) * 8 / 40, 8)
+    bits = (1.0 / math.log(2) * 32 / 100 + 2.0 / math.log(2) * 8 / 40) / 2
+    assert found[0] == found[1] == HeldoutLoss(1.5, bits, 40, (a, b))

@@ -6,11 +6,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from configs.adapters import AdapterConfig
 from configs.errors import ConfigError
 from configs.schema import ModelConfig
 from engine.generate import Sampling, generate, next_token
+from models.adapters import attach
 from models.hf_config import hf_config
 from models.hf_weights import hf_name
+from models.linear import Marks
 from models.llama import Llama
 
 CONFIG = ModelConfig(
@@ -47,6 +50,25 @@ def test_greedy_tokens_equal_transformers(model: Llama) -> None:
     options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = theirs.generate(torch.tensor([PROMPT]), **options)[0, len(PROMPT) :]
     assert list(generate(model, PROMPT, GREEDY)) == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_greedy_tokens_after_virtual_ones_equal_full_recomputation(model: Llama, kind: Any) -> None:
+    attach(model, AdapterConfig(kind=kind, num_virtual_tokens=7))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=1.0)
+    tokens = [0] * 7 + PROMPT
+    with torch.no_grad():
+        for _ in range(GREEDY.max_new_tokens):
+            virtual = torch.tensor([[*range(7), *(-1 for _ in tokens[7:])]])
+            hidden = model(torch.tensor([tokens]), marks=Marks(virtual=virtual))
+            tokens.append(int(model.lm_head(hidden)[0, -1].argmax()))
+    generated = list(generate(model, PROMPT, GREEDY, num_virtual_tokens=7))
+    assert generated == tokens[7 + len(PROMPT) :]
+    assert generated != list(generate(model, PROMPT, GREEDY)), "without them it is the base"
+    whole = Sampling(max_new_tokens=1000, temperature=0)
+    assert len(list(generate(model, PROMPT, whole, num_virtual_tokens=7))) == 64 - 7 - len(PROMPT)
 
 
 def test_the_same_seed_gives_the_same_tokens_whatever_torch_draws_meanwhile(model: Llama) -> None:

@@ -16,7 +16,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from configs.errors import DataError, RunError
 from configs.schema import ModelConfig
-from engine.metrics import Metrics, RankCosts, Throughput, Yardstick, peak_memory_gib, perplexity, yardstick
+from engine.metrics import (
+    MemberEval,
+    MemberStep,
+    Metrics,
+    RankCosts,
+    Throughput,
+    Yardstick,
+    peak_memory_gib,
+    perplexity,
+    yardstick,
+)
 from engine.metrics_log import JsonLines, TensorBoard, read_metrics, truncate_after
 from engine.peaks import Peak, PeakKind
 
@@ -214,6 +224,40 @@ def test_an_evaluation_is_a_line_of_its_own(tmp_path: Path) -> None:
         "heldout_tokens": 640,
         "eval_s": 0.5,
     }
+
+
+def test_members_have_records_and_charts_of_their_own(tmp_path: Path) -> None:
+    path, clock = tmp_path / "m.jsonl", Clock()
+    metrics = Metrics(YARD, CPU, sinks=(JsonLines(path), TensorBoard(tmp_path / "board")), clock=clock)
+    clock.now += 1.0
+    steps = {
+        "a": MemberStep(loss=1.5, grad_norm=2.0, lr=0.1, num_tokens=10),
+        "b-1": MemberStep(loss=math.nan, grad_norm=math.inf, lr=0.2, num_tokens=20),
+    }
+    metrics.record(1, math.nan, math.inf, 0.15, 30, members=steps)
+    metrics.record_eval(1, 2.0, None, 9, 0.1, {"a": MemberEval(heldout_loss=2.0, bits_per_byte=None, heldout_tokens=9)})
+    metrics.close()
+    step = json.loads(path.read_bytes().splitlines()[0])
+    assert step["members"]["b-1"] == {"loss": None, "grad_norm": None, "lr": 0.2, "num_tokens": 20}
+    assert step["non_finite"]["members.b-1.loss"] == "nan"
+    step, evaluation = read_metrics(path)
+    assert step["members"]["a"] == {"loss": 1.5, "grad_norm": 2.0, "lr": 0.1, "num_tokens": 10}
+    assert math.isnan(step["members"]["b-1"]["loss"]) and step["members"]["b-1"]["grad_norm"] == math.inf
+    assert math.isnan(step["loss"]) and "non_finite" not in step
+    assert evaluation["members"] == {"a": {"heldout_loss": 2.0, "bits_per_byte": None, "heldout_tokens": 9}}
+    found = scalars(tmp_path / "board")
+    assert found["train/loss/a"] == [(1, 1.5)] and found["heldout/loss/a"] == [(1, 2.0)]
+    assert found["train/lr/b-1"] == [(1, pytest.approx(0.2))] and "heldout/bits_per_byte/a" not in found
+
+
+def test_the_flops_of_members_are_the_mean_of_their_single_runs() -> None:
+    model = ModelConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=100)
+    peak = Peak(tflops=1.0, kind="measured", name="x")
+    trained = [{"layers.0.self_attn.q_proj.lora_A.weight": (rank, 64)} for rank in (4, 12)]
+    alone = [yardstick(model, 128, 1, peak, 1.0, [one]) for one in trained]
+    both = yardstick(model, 128, 1, peak, 1.0, trained)
+    assert both.flops_per_token == (alone[0].flops_per_token + alone[1].flops_per_token) / 2
+    assert both.flops_per_token_causal == (alone[0].flops_per_token_causal + alone[1].flops_per_token_causal) / 2
 
 
 def test_truncation_keeps_lines_up_to_the_step_bit_for_bit(tmp_path: Path) -> None:

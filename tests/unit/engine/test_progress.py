@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from engine.metrics import EvalRecord, StepRecord
+from engine.metrics import EvalRecord, MemberEval, MemberStep, StepRecord
 from engine.progress import ProgressDisplay, format_count, format_duration
 
 RECORD = StepRecord(
@@ -106,6 +106,13 @@ def test_notes_and_evaluations_in_a_log() -> None:
         "step  200/2000  held-out loss 2.5000  1.2346 bits/byte  perplexity 12.18  32,768 tokens in 4.2 s",
         "step  200/2000  held-out loss 2.5000  perplexity 12.18  32,768 tokens in 4.2 s",
     ]
+
+
+def test_each_members_loss_stands_at_the_end_of_a_line() -> None:
+    steps = {name: MemberStep(loss=loss, grad_norm=1.0, lr=0.1, num_tokens=1) for name, loss in (("a", 3.1), ("b", 4))}
+    assert log_of(replace(RECORD, members=steps))[0].endswith("eta 1:21:11  a 3.1000  b 4.0000")
+    heldout = {"a": MemberEval(heldout_loss=2.25, bits_per_byte=None, heldout_tokens=5)}
+    assert log_of(replace(EVALUATION, members=heldout))[0].endswith("32,768 tokens in 4.2 s  a 2.2500")
 
 
 @pytest.mark.parametrize(

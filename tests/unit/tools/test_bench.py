@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ["--model.vocab_size", "97", "--model.dim", "32", "--model.num_layers", "2", "--model.num_heads", "4",
         "--model.num_kv_heads", "2", "--model.ffn_dim", "48", "--data.seq_len", "16", "--data.global_batch_size", "4",
@@ -35,6 +37,40 @@ def test_a_wrong_config_is_one_message() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == "error: --model.dims: unknown option; did you mean --model.dim?\n"
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_lora_here_and_in_peft_do_the_same_work(kind: str, tmp_path: Path) -> None:
+    command = [sys.executable, "tools/bench.py", "lora", "configs/bench.toml", *TINY, "--rounds", "1", "--steps", "2"]
+    command += ["--adapter.rank", "4", "--optim.lr", "1e-2", "--adapter.dora", str(kind == "dora").lower()]
+    file = tmp_path / "lora.json"
+    done = subprocess.run([*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())
+    ours, theirs = figures["sides"]["ours"], figures["sides"]["peft"]
+    assert len(ours["losses"]) == 3 + 2
+    for here, there in zip(ours["losses"], theirs["losses"], strict=True):
+        assert abs(here - there) < 1e-5 * there
+    assert done.stdout.splitlines()[-1] == f"ratio {figures['ratio']:.2f}"
+    assert figures["ratio"] == ours["tokens_per_s"] / theirs["tokens_per_s"]
+
+
+def test_what_peft_would_not_do_is_not_compared() -> None:
+    command = [sys.executable, "tools/bench.py", "lora", "configs/bench.toml", *TINY]
+    done = subprocess.run(
+        [*command, "--adapter.dropout", "0.1", "--adapter.lora_plus_ratio", "4"], cwd=ROOT, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    for line in (
+        "adapter.dropout = 0.1: is not compared (the other side would not do it). Remove it.",
+        "adapter.lora_plus_ratio = 4.0: is not compared (the other side would not do it). Remove it.",
+    ):
+        assert line in done.stderr
+    other = subprocess.run(
+        [*command, "--adapter.kind", "bottleneck"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert other.stderr == "error: adapter.kind = 'bottleneck': must be lora, which is what is compared.\n"
 
 
 def test_layouts_do_the_same_work_as_one_process(tmp_path: Path) -> None:

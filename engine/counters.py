@@ -1,0 +1,111 @@
+"""What steps leave on the device, and its one reading at a logged step: an element for each member, or one.
+
+A run of a single adapter, or of the whole model, is read as one of a single member without a name.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.metrics import MemberStep
+from engine.step import StepResult
+from parallel.mesh import Layout
+
+
+@dataclass(slots=True)
+class Counters:
+    """Sums over steps that stay on the device until a logged step reads them; each () or (members,)."""
+
+    num_tokens: Tensor
+    """Targets since the run's first step, int64."""
+    non_finite: Tensor
+    """Steps that were not applied because a gradient was not finite."""
+    empty: Tensor
+    """Steps that had no target."""
+
+    @classmethod
+    def starting_at(cls, num_tokens: int | list[int], device: torch.device) -> "Counters":
+        """Start with the targets seen so far: of the run, or of each member."""
+        seen = torch.tensor(num_tokens, device=device)
+        return cls(seen, torch.zeros(seen.shape, device=device), torch.zeros_like(seen))
+
+    def add(self, result: StepResult) -> None:
+        """Count a step."""
+        has_targets = result.num_tokens > 0
+        self.num_tokens += result.num_tokens
+        self.non_finite += result.skipped * has_targets
+        self.empty += ~has_targets
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A logged step on the host."""
+
+    steps: list[MemberStep]
+    """Of each member, or the one there is."""
+    counts: list[float]
+    """Targets of this step."""
+    non_finite: list[float]
+    empty: list[float]
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of those that had a target in this step."""
+        return self._mean([step.loss for step in self.steps])
+
+    @property
+    def grad_norm(self) -> float:
+        """Mean norm of those that had a target in this step."""
+        return self._mean([step.grad_norm for step in self.steps])
+
+    @property
+    def lr(self) -> float:
+        """Mean learning rate."""
+        return sum(step.lr for step in self.steps) / len(self.steps)
+
+    def sick(self, names: Sequence[str]) -> str:
+        """Say whose loss or gradient is not finite, or was not since the last logged step; empty where all is well."""
+        each = zip(names or [""], self.steps, self.non_finite, strict=True)
+        return "; ".join(
+            f"{_whose(name)}loss {step.loss}, grad_norm {step.grad_norm}"
+            for name, step, bad in each
+            if bad or not math.isfinite(step.loss)
+        )
+
+    def empty_steps(self, names: Sequence[str]) -> list[str]:
+        """Say who had steps without a target."""
+        each = zip(names or [""], self.empty, strict=True)
+        return [f"{_whose(name)}{int(steps)} steps" for name, steps in each if steps]
+
+    def _mean(self, values: list[float]) -> float:
+        learned = [value for value, count in zip(values, self.counts, strict=True) if count] or [0.0]
+        return sum(learned) / len(learned)
+
+
+def read_step(result: StepResult, counters: Counters, lrs: Sequence[float], layout: Layout) -> Reading:
+    """Read the device, once; every rank calls it. `lrs` are the learning rates of the members."""
+    loss_sum = layout.sum_over_losses(result.loss_sum.double().clone())
+    count = result.num_tokens.double()
+    sums = torch.stack(
+        [loss_sum / count.clamp(min=1), result.grad_norm.double().to(count.device), count,
+         counters.num_tokens.double(), counters.non_finite.double(), counters.empty.double()]
+    )  # fmt: skip
+    losses, norms, counts, num_tokens, non_finite, empty = sums.view(len(sums), -1).tolist()
+    steps = [
+        MemberStep(loss=loss, grad_norm=norm, lr=lr, num_tokens=int(tokens))
+        for loss, norm, lr, tokens in zip(losses, norms, lrs, num_tokens, strict=True)
+    ]
+    return Reading(steps, counts, non_finite, empty)
+
+
+def sick_members(counters: Counters, names: Sequence[str]) -> str:
+    """Say whose gradient was not finite since the last logged step; empty where all were. Waits for the device."""
+    each = zip(names or [""], counters.non_finite.view(-1).tolist(), strict=True)
+    return "; ".join(f"{_whose(name)}a gradient since the last logged step" for name, bad in each if bad)
+
+
+def _whose(name: str) -> str:
+    return f"member {name!r}: " if name else ""

@@ -1,0 +1,206 @@
+"""What goes wrong with adapters elsewhere, each with a test that it doesn't here.
+
+Exchange, checkpoints and data have theirs where their other tests are.
+"""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from configs.check import resolve
+from configs.schema import Config
+from configs.targets import trained_parameters
+from engine.build import build_passes
+from engine.optim import build_optimizer
+from engine.step import train_step
+from engine.weights import starting_weights
+from models.linear import Linear
+from parallel.apply import build_model
+from parallel.mesh import Layout, build_layout
+from tests.ranks import run_ranks
+from tests.training import Trained, adapted_batch, assert_same, layout_config, my_microbatches, train_each, train_on
+
+LOWER = {"compute": "bf16", "master": "fp32"}
+WIDE = {"num_layers": 2, "dim": 64, "num_heads": 4, "head_dim": 32, "ffn_dim": 128}
+
+
+def a_config(adapter: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Config:
+    given = {"model": {"num_layers": 2}, "data": {"micro_batch_size": 3}} | sections
+    return layout_config(3, adapter={"kind": "lora", "rank": 4} | (adapter or {}), **given)
+
+
+# ---- a first stage that trains nothing
+
+LAST = {"kind": "freeze", "last_layers": 1}
+TOP = {"kind": "lora", "rank": 4, "targets": ["layers.3.*"]}
+SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+
+
+def staged(adapter: dict[str, Any], **parallel: Any) -> Config:
+    data = {"micro_batch_size": 1 if "dp_shard" in parallel else 3}
+    return layout_config(3, model={"num_layers": 4}, adapter=adapter, data=data, parallel=parallel)
+
+
+@functools.cache
+def whole_runs() -> dict[str, Trained]:
+    return train_each(1, {"last": staged(LAST), "top": staged(TOP)}, documents=True)
+
+
+@functools.cache
+def staged_runs(n: int) -> dict[str, Trained]:
+    more = {"pp": 2} | ({"dp_shard": 2} if n == 4 else {})
+    adapters = {"last": LAST, "top": TOP | {"base": "replicated"}}
+    schedules = SCHEDULES if n == 2 else SCHEDULES[-3:]
+    configs = {
+        f"{name} {schedule}": staged(adapter, schedule=schedule, **more)
+        for name, adapter in adapters.items()
+        for schedule in schedules
+    }
+    return train_each(n, configs, documents=True)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_frozen_first_stage_leaves_the_next_ones_gradients_whole(schedule: str) -> None:
+    """torch leaves weight gradients of the next stage None under InterleavedZeroBubble, silently."""
+    for name, truth in whole_runs().items():
+        assert_same(staged_runs(2)[f"{name} {schedule}"], truth, 1e-10)
+        if schedule in SCHEDULES[-3:]:
+            assert_same(staged_runs(4)[f"{name} {schedule}"], truth, 1e-10)
+
+
+# ---- what is trained, and in which format
+
+
+class Built:
+    """A run's parts on this rank, and its steps."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = resolve(config, dist.get_world_size())
+        self.layout: Layout = build_layout(self.config.parallel, torch.device("cpu"))
+        self.model: nn.Module = build_model(self.config, self.layout, starting_weights(self.config))
+        self.optimizer = build_optimizer(self.model, self.config.optim)
+        _, self.forward_backward = build_passes(self.config, self.layout, self.model)
+
+    def step(self, number: int) -> None:
+        size = self.config.data.micro_batch_size
+        batches = my_microbatches(adapted_batch(number, False, self.config), self.layout, size)
+        train_step(self.model, self.optimizer, self.forward_backward, batches, 1e-2, 1.0, self.layout)
+
+
+def trained_after_layout(config: Config) -> set[str]:
+    built = Built(config)
+    built.step(0)
+    return {name for name, parameter in built.model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("adapter", [{}, {"dora": True}, {"bias": "lora_only"}, LAST | {"rank": 16}], ids=str)
+def test_tensor_parallelism_leaves_the_base_frozen(adapter: dict[str, Any]) -> None:
+    """Making matrices distributed makes them trainable elsewhere."""
+    biases = {"num_layers": 2, "attention_bias": True}
+    config = a_config(adapter, model=biases, parallel={"tp": 2})
+    names = run_ranks(2, trained_after_layout, config)
+    assert names[0] == names[1]
+    own = set(trained_parameters(config.model, config.adapter))
+    assert own == {name for name in names[0] if "lora_" not in name}
+    assert any("lora_" in name for name in names[0]) == (config.adapter.kind == "lora")
+
+
+def formats_seen(config: Config) -> dict[str, set[str]]:
+    """The formats of what projections take, give and multiply with, of masters, gradients and of what is frozen."""
+    built = Built(config)
+    seen: dict[str, set[str]] = {name: set() for name in ("x", "y", "factor", "master", "gradient", "frozen")}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen["x"].add(str(inputs[0].dtype))
+        seen["y"].add(str(output.dtype))
+        seen["factor"].add(str(module.lora_A.weight.dtype))  # pyright: ignore
+
+    for module in built.model.modules():
+        if isinstance(module, Linear) and module.beside is not None:
+            module.register_forward_hook(note)
+    size = built.config.data.micro_batch_size
+    built.forward_backward(my_microbatches(adapted_batch(0, False, built.config), built.layout, size), torch.tensor(9))
+    for parameter in built.model.parameters():
+        seen["master" if parameter.requires_grad else "frozen"].add(str(parameter.dtype))
+        if parameter.grad is not None:
+            assert parameter.requires_grad
+            seen["gradient"].add(str(parameter.grad.dtype))
+    return seen
+
+
+@pytest.mark.parametrize("base", ["sharded", "replicated"])
+@pytest.mark.parametrize("parallel", [{"dp_shard": 2}, {"tp": 2}], ids=str)
+def test_adapters_in_fp32_beside_a_base_in_bf16_compute_in_bf16(parallel: dict[str, Any], base: str) -> None:
+    """Nothing is widened to the adapter's format, and no master is rounded to the base's."""
+    for seen in run_ranks(2, formats_seen, a_config({"base": base}, precision=LOWER, parallel=parallel)):
+        low, high = {"torch.bfloat16"}, {"torch.float32"}
+        assert seen == {"x": low, "y": low, "factor": low, "frozen": low, "master": high, "gradient": high}
+
+
+# ---- copies
+
+
+def replicas_after_steps(config: Config) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+    """What this rank has of each trained parameter, and its place along the axes that cut it."""
+    built = Built(config)
+    for number in range(3):
+        built.step(number)
+    found = {}
+    for name, parameter in built.model.named_parameters():
+        if parameter.requires_grad:
+            assert isinstance(parameter.data, DTensor)
+            mesh = parameter.data.device_mesh
+            where = mesh.get_coordinate()
+            assert where is not None
+            cut = tuple(
+                at for at, placed in zip(where, parameter.data.placements, strict=True) if isinstance(placed, Shard)
+            )
+            found[name] = (cut, parameter.data.to_local().detach().clone())
+    return found
+
+
+@pytest.mark.parametrize("base", ["sharded", "replicated"])
+def test_copies_of_a_factor_are_the_same_bits_after_training(base: str) -> None:
+    """In bf16, where ranks that forgot to add up their gradients, or added them up in another order, would show."""
+    config = a_config(
+        {"base": base, "dora": True, "targets": ["all-linear", "embed_tokens"], "dropout": 0.2},
+        precision=LOWER,
+        parallel={"dp_replicate": 2, "tp": 2},
+    )
+    of_ranks = run_ranks(4, replicas_after_steps, config)
+    copies = 0
+    for name in of_ranks[0]:
+        held: dict[tuple[int, ...], Tensor] = {}
+        for of_rank in of_ranks:
+            cut, local = of_rank[name]
+            copies += cut in held
+            assert torch.equal(held.setdefault(cut, local), local), name
+            assert local.abs().sum() > 0, f"{name} was not trained"
+    # Of each of the 2 x 7 pairs of factors one is on 4 ranks and one on 2 x 2; the embedding's the same.
+    assert copies >= (3 + 2) * (2 * 7 + 1)
+
+
+# ---- nothing to learn from
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter"),
+    [({"num_layers": 2}, {"dropout": 0.5, "dora": True}), (WIDE, {"quantization": "nf4"})],
+    ids=str,
+)
+def test_a_step_without_targets_leaves_the_adapter_as_it_was(model: dict[str, Any], adapter: dict[str, Any]) -> None:
+    sections = {"model": model, "lr": {"schedule": "constant", "warmup_steps": 0}, "parallel": {"tp": 2}}
+    config = a_config(adapter, **sections)
+    found = train_on(2, config, all_ignored_at=2)
+    shorter = train_on(2, replace(config, run=replace(config.run, steps=2)))
+    assert found.skipped == [0.0, 0.0, 1.0]
+    assert found.norms[2] == 0.0
+    for name, weight in shorter.weights.items():
+        assert torch.equal(found.weights[name], weight), name
+        assert weight.isfinite().all()
