@@ -150,8 +150,7 @@ def build_run(
     all_saved = found is not None and config.adapter.kind == "none"
     model = build_model(config, layout, _leave_unfilled if all_saved else starting_weights(config))
     if config.adapter.kind != "none":
-        for line in trained_table(config):
-            say(line)
+        say("\n".join(trained_table(config)))
     ratio, members = config.adapter.lora_plus_ratio, config.adapter.members
     optimizer = build_optimizer(model, config.optim, ratio, members, stage=config.parallel.pp > 1)
     forward, forward_backward = build_passes(config, layout, model)

@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from math import prod
 
+from configs.layout import NF4_BLOCK
 from configs.schema import Config
+from configs.targets import projections
 from engine.memory import GIB, frozen_bytes
 from models.adapters import trained_shapes
 from models.flops import num_params
 from models.hf_weights import parameter_shapes
+from models.quantized_formats import can_quantize
 from parallel.fsdp import DTYPES
 
 ADDED = ("lora_", "bottleneck_", "prefix_", "prompt_")
@@ -26,6 +29,8 @@ def trained_table(config: Config) -> Iterator[str]:
         of_module.setdefault(_module(name), []).append(prod(shape))
     for module, sizes in of_module.items():
         yield f"  {module}: {sum(sizes):,} in {len(sizes)} tensors"
+    if adapter.quantization != "none":
+        yield from _left_in_16_bits(config)
     frozen = total - trained
     held = frozen_bytes(config)
     kind = config.precision.compute if adapter.quantization == "none" else adapter.quantization
@@ -33,6 +38,15 @@ def trained_table(config: Config) -> Iterator[str]:
         f"frozen: {frozen:,} parameters, {held / GIB:.3g} GiB in all ({held / max(frozen, 1):.3g} bytes each, {kind}), "
         f"{adapter.base}; trained: {DTYPES[config.precision.master].itemsize} bytes each and the optimizer's state"
     )
+
+
+def _left_in_16_bits(config: Config) -> Iterator[str]:
+    """Name the projections whose shapes the format doesn't take."""
+    shapes, kind = parameter_shapes(config.model), config.adapter.quantization
+    names = [name for name in projections(config.model) if not can_quantize(kind, *shapes[f"{name}.weight"])]
+    if names:
+        kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        yield f"in 16 bits, since their inputs are no multiple of {NF4_BLOCK}: {kinds}, {len(names)} projections in all"
 
 
 def _module(name: str) -> str:

@@ -39,13 +39,12 @@ class Peft:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         from models.hf_config import hf_config
-        from models.hf_weights import our_name
-        from models.init import fill_local
 
         self.config = config
         with device:
             base: Any = LlamaForCausalLM(LlamaConfig(**hf_config(config.model, "float32", None, None)))
         base = base.to(DTYPES[config.precision.compute])
+        _fill(base, config, "")
         adapter = config.adapter
         targets = "all-linear" if adapter.targets == ("all-linear",) else list(adapter.targets)
         lora = LoraConfig(
@@ -58,12 +57,7 @@ class Peft:
             use_dora=adapter.dora,
         )
         self.model: torch.nn.Module = get_peft_model(base, lora, autocast_adapter_dtype=adapters == "fp32")
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                plain = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".default", "")
-                shape, start = tuple(parameter.shape), (0,) * parameter.dim()
-                if "lora_magnitude" not in plain:  # PEFT has set it from the base
-                    fill_local(parameter, config.model, config.run.seed, our_name(plain), shape, start)
+        _fill(self.model, config, "lora_")
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optim = config.optim
         groups = [
@@ -81,6 +75,19 @@ class Peft:
     def step(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Train one step."""
         return train_plainly(self.model, self.parameters, self.optimizer, self.config, tokens, targets)
+
+
+def _fill(model: torch.nn.Module, config: Config, kind: str) -> None:
+    """Give parameters whose names hold `kind` the values that ours start from."""
+    from models.hf_weights import our_name
+    from models.init import fill_local
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            plain = our_name(name.removeprefix("base_model.model.").replace(".default", ""))
+            shape, start = tuple(parameter.shape), (0,) * parameter.dim()
+            if kind in plain and "lora_magnitude" not in plain:  # PEFT has taken that from the base
+                fill_local(parameter, config.model, config.run.seed, plain, shape, start)
 
 
 def main(argv: list[str]) -> int:
@@ -101,7 +108,9 @@ def main(argv: list[str]) -> int:
         if min(arguments.rounds, arguments.steps) < 1:
             raise ConfigError("--rounds and --steps: at least 1 each.")
         _find_peft()
-        config = resolve(load_config(Path(arguments.config), ["--adapter.kind", "lora", *overrides]), world_size=1)
+        is_said = any(word.partition("=")[0] == "--adapter.kind" for word in overrides)
+        kind = [] if is_said else ["--adapter.kind", "lora"]
+        config = resolve(load_config(Path(arguments.config), [*kind, *overrides]), world_size=1)
         _check_compared(config)
         device = "cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu"
         threads = config.run.threads or usable_cores()

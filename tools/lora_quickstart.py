@@ -11,8 +11,8 @@ it continues.
 import json
 import os
 import shlex
-import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from configs.load import config_from_dict, load_config
 from configs.schema import Config, RunConfig
 from engine.folder import RunFolder
 from engine.saved_model import open_model
-from tools import quickstart
+from tools import convert, generate, quickstart
 from tools.evaluate import heldout_losses
 
 CONFIG = Path("configs/lora-quickstart.toml")
@@ -75,7 +75,7 @@ def _export(command: str, source: RunFolder, out: Path) -> int:
     """Make a folder from a run's last checkpoint, unless it is there and of that checkpoint."""
     last = max(source.checkpoints.glob("step-*"), key=lambda path: path.name)
     if not out.is_dir():
-        return _run("tools/convert.py", command, str(source.path), str(out))
+        return _run(convert.main, "tools/convert.py", command, str(source.path), str(out))
     if out.stat().st_mtime < last.stat().st_mtime:
         do = f"Remove {out} and what was made from it."
         raise CheckpointError(problem(str(out), "", f"is older than {last}", "it was made from another run", do))
@@ -109,7 +109,8 @@ def _compare(folder: RunFolder, base: RunFolder, config: Config) -> None:
 def _sample(folder: RunFolder) -> int:
     """Ask the model the same question with and without the adapter."""
     words = [str(folder.path), "--prompt", QUESTION, "--greedy", "--max-new-tokens", str(ANSWER_TOKENS)]
-    return _run("tools/generate.py", *words) or _run("tools/generate.py", *words, "--no-adapter")
+    code = _run(generate.main, "tools/generate.py", *words)
+    return code or _run(generate.main, "tools/generate.py", *words, "--no-adapter")
 
 
 def _config_of(run: RunFolder) -> Config:
@@ -120,10 +121,10 @@ def _say(*words: str) -> None:
     print(f"\n{shlex.join([os.path.relpath(sys.executable), *words])}", flush=True)
 
 
-def _run(*words: str) -> int:
-    """Run one of the tools as a person would; return its exit code."""
+def _run(tool: Callable[[list[str]], int], *words: str) -> int:
+    """Do what one of the tools does, without waiting for torch once more; return its exit code."""
     _say(*words)
-    return subprocess.run([sys.executable, *words], check=False).returncode
+    return tool(list(words[1:]))
 
 
 if __name__ == "__main__":

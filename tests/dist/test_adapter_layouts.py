@@ -135,7 +135,9 @@ def dense_parts(config: Config) -> dict[str, tuple[torch.Tensor, int, int, dict[
     layout = build_layout(config.parallel, torch.device("cpu"))
     model = build_model(config, layout, starting_weights(config))
     quantized = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear) and m.quantized is not None]
-    codes = {name: {key: whole(p) for key, p in m.quantized.named_parameters()} for name, m in quantized}
+    codes = {
+        name: {key: whole(p) for key, p in m.get_submodule("quantized").named_parameters()} for name, m in quantized
+    }
     for root in fsdp_roots(model):
         for module in root.modules():  # pyright: ignore[reportAttributeAccessIssue]
             if hasattr(module, "unshard"):

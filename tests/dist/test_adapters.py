@@ -22,6 +22,8 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rslora": (BIASES, LORA | {"rslora": True}),
     "dora": (BIASES, LORA | {"dora": True}),
     "dora nf4": (WIDE, LORA | {"dora": True, "quantization": "nf4"}),
+    "int8": (BIASES, LORA | {"quantization": "int8"}),
+    "float8": (BIASES, LORA | {"quantization": "float8", "dora": True}),
     "lora+": (BIASES, LORA | {"lora_plus_ratio": 4.0, "targets": ["q_proj", "embed_tokens"]}),
     "biases": (BIASES, LORA | {"bias": "lora_only", "targets": ["k_proj", "o_proj", "down_proj"]}),
     "ranks": (
@@ -51,7 +53,7 @@ TWO: list[tuple[str, dict[str, Any], str]] = [
     *((form, {"dp_shard": 2}, "sharded") for form in ("bitfit", "some", "tied embedding")),
 ]
 FOUR: list[tuple[str, dict[str, Any], str]] = [
-    *((form, {"tp": 4}, "sharded") for form in ("dora dropout", "prefix", "bitfit", "biases")),  # of 2 KV heads
+    *((form, {"tp": 4}, "sharded") for form in ("dora dropout", "int8", "prefix", "bitfit")),  # of 2 KV heads
     *((form, {"dp_shard": 2, "tp": 2}, "replicated") for form in ("dora nf4", "prompt", "bottleneck")),
 ]
 

@@ -114,3 +114,12 @@ def test_a_run_of_members_resumes_to_the_same_bits(workplace: Path, together: st
 def steps_only(records: Sequence[dict[str, Any]]) -> list[Any]:
     names = ("step", "loss", "grad_norm", "num_tokens", "members")
     return [[entry[name] for name in names] for entry in records if entry["kind"] == "step"]
+
+
+def test_a_member_that_diverges_ends_the_run_by_name(workplace: Path) -> None:
+    members = TOGETHER[-1].replace("seed=7", "seed=7,lr=1e150")
+    argv = (*COMMON, *TOGETHER[:-1], members, "--run.name", "sick", "--run.steps", str(ALL))
+    code, output = run_to_end(workplace, 1, *argv)
+    assert code == 1, output
+    assert ": member 'b': loss " in output and "member 'a'" not in output
+    assert "must be finite (the update was not applied; the newest checkpoint is from before it)" in output

@@ -381,7 +381,7 @@ def test_a_checkpoint_that_can_not_be_written(workplace: Path, asynchronous: str
 
 
 def test_metrics_that_can_not_be_written(workplace: Path) -> None:
-    code, output = run_to_end(workplace, 2, limits=partial(limit_files, 2_500))
+    code, output = run_to_end(workplace, 2, limits=partial(limit_files, 4_000))
     assert code == 1
     assert_said_once(
         output,

@@ -55,7 +55,7 @@ def peft_loop(config: Config, theirs: dict[str, Any]) -> Trained:
     """The same training as a person would write it, with nothing of ours but the initial weights."""
     config = resolve(config, 1)
     targets = list(config.adapter.targets)
-    given = {"target_modules": "all-linear" if targets == ["all-linear"] else targets} | theirs
+    given: dict[str, Any] = {"target_modules": "all-linear" if targets == ["all-linear"] else targets} | theirs
     base: Any = LlamaForCausalLM(LlamaConfig(**hf_config(config.model, "float32", None, None)))
     weights = starting_weights(config)
     _fill(base, our_name, lively(weights, config))

@@ -6,6 +6,7 @@ safetensors index gives; the count is computed by transformers, on the meta devi
 
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,17 @@ class TestEveryPreset:
         defaults = {leaf.key: default_of(leaf.field) for leaf in walk(Config)}
         given = {f"{section}.{key}": value for section, table in tree.items() for key, value in table.items()}
         assert [key for key, value in given.items() if value == defaults[key]] == []
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b-lora", "llama-3.1-8b-qlora"])
+def test_adapters_of_a_published_model_have_its_shape(name: str) -> None:
+    ours = preset(name).model
+    assert replace(ours, init_from="") == preset("llama-3.1-8b").model
+    assert ours.init_from
+
+
+def test_the_lora_quickstart_has_the_quickstarts_shape() -> None:
+    assert replace(preset("lora-quickstart").model, init_from="") == preset("quickstart").model
 
 
 def test_debug_is_under_a_million_parameters() -> None:

@@ -21,7 +21,6 @@ from engine.metrics import (
     MemberStep,
     Metrics,
     RankCosts,
-    Throughput,
     Yardstick,
     peak_memory_gib,
     perplexity,
@@ -29,6 +28,7 @@ from engine.metrics import (
 )
 from engine.metrics_log import JsonLines, TensorBoard, read_metrics, truncate_after
 from engine.peaks import Peak, PeakKind
+from engine.stopwatch import Throughput
 
 CPU = torch.device("cpu")
 YARD = Yardstick(

@@ -61,7 +61,7 @@ def test_a_bottleneck_stands_behind_both_halves_of_each_layer() -> None:
     places = [f"layers.{layer}.{name}" for layer in range(3) for name in ("self_attn.o_proj", "mlp.down_proj")]
     parts = [f"bottleneck_{part}.{kind}" for part in ("down", "up") for kind in ("weight", "bias")]
     assert trained(model) == {f"{place}.{part}" for place in places for part in parts}
-    linear = model.layers["0"].self_attn.o_proj
+    linear = model.get_submodule("layers.0.self_attn.o_proj")
     assert isinstance(linear, Linear)
     down, up = linear.get_submodule("bottleneck_down"), linear.get_submodule("bottleneck_up")
     for parameter in [*down.parameters(), *up.parameters()]:

@@ -33,7 +33,7 @@ def adapted(**fields: Any) -> Llama:
 
 
 def projection(model: Llama, name: str = "q_proj") -> Linear:
-    part = model.layers["1"].self_attn.get_submodule(name)
+    part = model.get_submodule(f"layers.1.self_attn.{name}")
     assert isinstance(part, Linear)
     return part
 
