@@ -85,7 +85,9 @@ class Run:
             # A token passes through one member's part only.
             alone = [adapter_of(adapter, member) for member in adapter.members] or [adapter]
             trained = [trained_shapes(config.model, one) for one in alone if one.kind != "none"]
-            yard = yardstick(config.model, config.data.seq_len, ranks, peak, self.gemm_tflops, trained)
+            seq_len = config.data.seq_len
+            positions = len(alone) * config.data.global_batch_size * seq_len
+            yard = yardstick(config.model, seq_len, positions, ranks, peak, self.gemm_tflops, trained)
             if self.progress is not None:
                 self.progress.say(describe_peak(peak, self.gemm_tflops))
             sinks = self._sinks() if self.layout.rank == 0 else ()

@@ -62,6 +62,9 @@ class StepRecord:
     num_tokens: int
     """Target tokens since the first step of the run."""
     tokens_per_s: float
+    """Target tokens."""
+    positions_per_s: float
+    """Positions that were computed: prompts, which are no targets, and padding too."""
     """Target tokens a second over all devices, in the interval."""
     num_devices: int
     """Ranks that shared the work."""
@@ -126,6 +129,8 @@ class Yardstick:
     flops_per_token: float
     """Forward and backward of one token, attention counted in full."""
     flops_per_token_causal: float
+    positions_per_step: int
+    """Positions that a step computes over all devices, whether they have a target or not."""
     num_devices: int
     """Ranks that share the global batch's work."""
     peak: Peak
@@ -136,6 +141,7 @@ class Yardstick:
 def yardstick(
     model: ModelConfig,
     seq_len: int,
+    positions_per_step: int,
     num_devices: int,
     peak: Peak,
     gemm_tflops: float,
@@ -153,6 +159,7 @@ def yardstick(
     return Yardstick(
         flops_per_token=mean(causal=False),
         flops_per_token_causal=mean(causal=True),
+        positions_per_step=positions_per_step,
         num_devices=num_devices,
         peak=peak,
         gemm_tflops=gemm_tflops,
@@ -252,8 +259,9 @@ class Metrics:
         costs = costs or self.rank_costs(step)
         interval, yard = self._throughput.lap(step, num_tokens), self._yard
         tokens_per_s = interval.num_tokens / interval.step_s
-        device_tokens_per_tera = tokens_per_s / yard.num_devices / 1e12
-        tflops = device_tokens_per_tera * yard.flops_per_token
+        positions_per_s = interval.steps * yard.positions_per_step / interval.step_s
+        of_device = positions_per_s / yard.num_devices / 1e12
+        tflops = of_device * yard.flops_per_token
         record = StepRecord(
             step=step,
             loss=loss,
@@ -262,10 +270,11 @@ class Metrics:
             lr=lr,
             num_tokens=num_tokens,
             tokens_per_s=tokens_per_s,
+            positions_per_s=positions_per_s,
             num_devices=yard.num_devices,
             tflops_per_device=tflops,
             mfu=tflops / yard.peak.tflops,
-            mfu_causal=device_tokens_per_tera * yard.flops_per_token_causal / yard.peak.tflops,
+            mfu_causal=of_device * yard.flops_per_token_causal / yard.peak.tflops,
             gemm_share=tflops / yard.gemm_tflops,
             step_time_s=interval.step_s / interval.steps,
             data_wait_s=costs.data_wait_s,

@@ -109,6 +109,8 @@ class Measured:
 
     seconds: list[float]
     losses: list[float]
+    cpu_seconds: list[float]
+    """Of all threads of the process: what other processes do hardly touches it, most of all with --run.threads 1."""
     peak_gib: float = 0.0
 
 
@@ -129,14 +131,15 @@ def measure(
         far.close()
         processes.append(process)
         pipes[side] = near
-        found[side] = Measured([], near.recv()[1])
+        found[side] = Measured([], near.recv()[1], [])
         print(f"{side}: warm, losses {', '.join(f'{loss:.4f}' for loss in found[side].losses)}", flush=True)
     for number in range(1, rounds + 1):
         for side, pipe in pipes.items():
             pipe.send(steps)
-            seconds, losses = pipe.recv()
+            seconds, losses, cpu_seconds = pipe.recv()
             found[side].seconds += seconds
             found[side].losses += losses
+            found[side].cpu_seconds += cpu_seconds
             print(f"round {number}/{rounds}  {side:8s} {statistics.median(seconds):.3f} s/step", flush=True)
     for side, pipe in pipes.items():
         pipe.send(0)
@@ -155,16 +158,17 @@ def _work(build: Build, config: Config, device_type: str, threads: int, as_a_run
     trained = build(config, device)
     generator = torch.Generator().manual_seed(config.run.seed)
 
-    def run(steps: int) -> tuple[list[float], list[float]]:
-        seconds, losses = [], []
+    def run(steps: int) -> tuple[list[float], list[float], list[float]]:
+        seconds, losses, cpu_seconds = [], [], []
         for _ in range(steps):
             shape = (config.data.global_batch_size, config.data.seq_len + 1)
             tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
-            begin = time.perf_counter()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
             # The loss is read each step: on a GPU the read waits for the work that is measured.
             losses.append(trained.step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).item())
             seconds.append(time.perf_counter() - begin)
-        return seconds, losses
+            cpu_seconds.append(time.process_time() - cpu_begin)
+        return seconds, losses, cpu_seconds
 
     pipe.send(run(WARMUP_STEPS))
     while steps := pipe.recv():
@@ -194,12 +198,14 @@ def report(config: Config, device: str, threads: int, found: dict[str, Measured]
             "gemm_share": tflops / gemm,
             "peak_gib": measured.peak_gib,
             "step_s": measured.seconds,
+            "step_cpu_s": measured.cpu_seconds,
             "losses": measured.losses,
         }
     ours, theirs = sides.values()
     return {
         "ratio": ours["tokens_per_s"] / theirs["tokens_per_s"],
         "memory_ratio": ours["peak_gib"] / theirs["peak_gib"],
+        "cpu_ratio": statistics.median(theirs["step_cpu_s"]) / statistics.median(ours["step_cpu_s"]),
         "sides": sides,
         "gemm_tflops": gemm,
         "peak": {"tflops": peak.tflops, "kind": peak.kind, "name": peak.name},
@@ -219,4 +225,5 @@ def print_report(figures: dict[str, Any]) -> None:
             f"{100 * of_side['gemm_share']:.0f}% of the measured GEMM rate, peak memory {of_side['peak_gib']:.2f} GiB"
         )
     print(f"memory ratio {figures['memory_ratio']:.2f}")
+    print(f"ratio in tokens a CPU second {figures['cpu_ratio']:.2f}")
     print(f"ratio {figures['ratio']:.2f}")

@@ -34,6 +34,7 @@ CPU = torch.device("cpu")
 YARD = Yardstick(
     flops_per_token=8e9,
     flops_per_token_causal=6e9,
+    positions_per_step=8_000,
     num_devices=4,
     peak=Peak(tflops=16.0, kind="datasheet", name="NVIDIA Test"),
     gemm_tflops=10.0,
@@ -116,6 +117,15 @@ def test_a_gemm_rate_below_the_step_is_raised(kind: PeakKind, peak_after: float)
     assert (record.gemm_tflops, record.peak_tflops) == (20.0, peak_after)
 
 
+def test_work_is_counted_by_positions_and_not_by_targets() -> None:
+    clock = Clock()
+    metrics = metrics_with(None, clock)
+    clock.now += 2.0
+    record = metrics.record(1, 1.0, 1.0, 1.0, 3_000)  # most positions are prompts
+    assert (record.tokens_per_s, record.positions_per_s) == (1_500.0, 4_000.0)
+    assert record.tflops_per_device == pytest.approx(4_000 * 8e9 / 4 / 1e12)
+
+
 def test_each_interval_starts_from_nothing() -> None:
     clock = Clock()
     metrics = metrics_with(None, clock)
@@ -158,7 +168,7 @@ def test_costs_over_ranks_replace_the_ranks_own() -> None:
 
 def test_yardstick_counts_both_conventions() -> None:
     model = ModelConfig(vocab_size=32, dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, ffn_dim=16)
-    yard = yardstick(model, 128, 2, Peak(tflops=1.0, kind="measured", name="x"), 1.0)
+    yard = yardstick(model, 128, 1_024, 2, Peak(tflops=1.0, kind="measured", name="x"), 1.0)
     matmul_params = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16) + 8 * 32
     attention = 12 * 2 * 2 * 4 * 128
     assert yard.flops_per_token == 6 * matmul_params + attention
@@ -254,8 +264,8 @@ def test_the_flops_of_members_are_the_mean_of_their_single_runs() -> None:
     model = ModelConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=100)
     peak = Peak(tflops=1.0, kind="measured", name="x")
     trained = [{"layers.0.self_attn.q_proj.lora_A.weight": (rank, 64)} for rank in (4, 12)]
-    alone = [yardstick(model, 128, 1, peak, 1.0, [one]) for one in trained]
-    both = yardstick(model, 128, 1, peak, 1.0, trained)
+    alone = [yardstick(model, 128, 1_024, 1, peak, 1.0, [one]) for one in trained]
+    both = yardstick(model, 128, 1_024, 1, peak, 1.0, trained)
     assert both.flops_per_token == (alone[0].flops_per_token + alone[1].flops_per_token) / 2
     assert both.flops_per_token_causal == (alone[0].flops_per_token_causal + alone[1].flops_per_token_causal) / 2
 

@@ -25,6 +25,7 @@ RECORD = StepRecord(
     lr=3e-4,
     num_tokens=983_040,
     tokens_per_s=3161.4,
+    positions_per_s=3161.4,
     num_devices=2,
     tflops_per_device=0.32104,
     mfu=0.1875,
