@@ -62,10 +62,9 @@ class StepRecord:
     num_tokens: int
     """Target tokens since the first step of the run."""
     tokens_per_s: float
-    """Target tokens."""
+    """Target tokens a second over all devices, in the interval."""
     positions_per_s: float
     """Positions that were computed: prompts, which are no targets, and padding too."""
-    """Target tokens a second over all devices, in the interval."""
     num_devices: int
     """Ranks that shared the work."""
     tflops_per_device: float
