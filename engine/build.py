@@ -5,7 +5,7 @@ checkpoints.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from models.peft_config import adapter_of
 from parallel.apply import attention_backend, build_model
 from parallel.float8 import check_float8
 from parallel.fsdp import DTYPES
+from parallel.materialise import Fill
 from parallel.mesh import Layout, build_layout
 
 
@@ -148,9 +149,7 @@ def build_run(
     base = base_identity(config, checkpointer.ranks)
     if found is not None:
         check_base(found.meta, base, str(found.path))
-    # A checkpoint of an adapter's run doesn't hold its base.
-    all_saved = found is not None and config.adapter.kind == "none"
-    model = build_model(config, layout, _leave_unfilled if all_saved else starting_weights(config))
+    model = build_model(config, layout, _fill(config, found))
     if config.adapter.kind != "none":
         say("\n".join(trained_table(config)))
     ratio, members = config.adapter.lora_plus_ratio, config.adapter.members
@@ -305,6 +304,15 @@ def _find_continued(
     if notice:
         say(notice)
     return found
+
+
+def _fill(config: Config, found: Found | None) -> Fill:
+    """Choose what fills the parameters; a checkpoint holds them all, or all but a base."""
+    if found is None:
+        return starting_weights(config)
+    if config.adapter.kind == "none":
+        return _leave_unfilled
+    return starting_weights(replace(config, adapter=replace(config.adapter, init_from="")))
 
 
 def _leave_unfilled(local: torch.Tensor, name: str, shape: tuple[int, ...], offset: tuple[int, ...]) -> None:

@@ -1,6 +1,7 @@
 """The folder of one run: what lies where, who may write, and the configs as given and as resolved.
 
-    runs/NAME/config.toml  config.resolved.json  metrics.jsonl  tensorboard/  checkpoints/  logs/rank-00000.log
+    runs/NAME/config.toml  config.resolved.json  metrics.jsonl  tensorboard/  checkpoints/  adapter/
+    runs/NAME/logs/rank-00000.log
 
 One process at a time owns a run folder: a second run of the same name would otherwise write into the first one's.
 """
@@ -31,6 +32,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
         self.logs = self.path / "logs"
         self._lock: IO[str] | None = None
 

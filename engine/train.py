@@ -18,6 +18,7 @@ import torch.distributed as dist
 from configs.errors import NonFiniteError, problem
 from configs.load import config_to_dict
 from configs.schema import Config
+from engine.adapter_folder import write_adapter
 from engine.build import Run
 from engine.counters import Counters, read_step, sick_members
 from engine.data.batches import Batch
@@ -72,7 +73,17 @@ def train(run: Run) -> Outcome:
                 gc.collect()
     with metrics.checkpointing():
         run.checkpointer.wait()
+    _write_adapter(run)
     return Outcome(run.step, last, heldout)
+
+
+def _write_adapter(run: Run) -> None:
+    """Leave what was trained beside a base where others can load it; on rank 0."""
+    folder = run.folder
+    if run.layout.rank > 0:
+        return
+    if write_adapter(folder.checkpoints, folder.adapter, run.config.adapter) and run.progress is not None:
+        run.progress.say(f"adapter, as PEFT loads it: {folder.adapter}")
 
 
 def _due(step: int, every_steps: int, config: Config, *, always_last: bool = False) -> bool:

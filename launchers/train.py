@@ -75,7 +75,10 @@ def _as_needed_now(config: Config) -> Config:
     """Leave out what only the first start of a run reads."""
     if not RunFolder(config.run).has_checkpoints():
         return config
-    return replace(config, model=replace(config.model, init_from=""))
+    if config.adapter.kind == "none":
+        return replace(config, model=replace(config.model, init_from=""))
+    # A checkpoint holds what was trained; its base is read at every start.
+    return replace(config, adapter=replace(config.adapter, init_from=""))
 
 
 def _report(error: RunError, launch: Launch | None) -> int:
