@@ -59,7 +59,9 @@ def test_it_shows_what_the_run_measured_and_reuses_what_is_there(
     ):
         assert re.search(command, first), command
     assert first.count("tools/generate.py") == 2
-    assert (base / "exported" / "lora-quickstart" / "adapter_model.safetensors").is_file()
+    exported, left = base / "exported" / "lora-quickstart", base / "lora-quickstart" / "adapter"
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (exported / name).read_bytes() == (left / name).read_bytes(), "a run leaves what export writes"
     assert (base / "exported" / "lora-quickstart-merged" / "model.safetensors").is_file()
 
     assert run_lora(base) == 0
