@@ -49,7 +49,7 @@ TWO: list[tuple[str, dict[str, Any], str]] = [
     *((form, {"pp": 2}, "sharded") for form in ("prompt", "bitfit", "last layer", "tied", "tied embedding")),
     *((form, {"pp": 2}, "replicated") for form in ("dropout", "prefix")),
     *((form, {"cp": 2}, "sharded") for form in ("dropout", "dora", "prefix", "prompt")),
-    *((form, {"dp_shard": 2}, "replicated") for form in ("bottleneck", "lora+", "biases", "dora nf4")),
+    *((form, {"dp_shard": 2}, "replicated") for form in ("bottleneck", "lora+", "biases", "dora nf4", "tied")),
     *((form, {"dp_shard": 2}, "sharded") for form in ("bitfit", "some", "tied embedding")),
 ]
 FOUR: list[tuple[str, dict[str, Any], str]] = [
