@@ -18,7 +18,7 @@ import torch
 import torch._functorch.config as functorch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
@@ -34,7 +34,7 @@ from engine.data.batches import Batch
 from engine.loss import HeadLoss
 from engine.step import Forward, ForwardBackward, marks_of
 from models.llama import Llama
-from parallel.fsdp import DTYPES, reduce_gradients_at
+from parallel.fsdp import DTYPES, finish_backward, reduce_gradients_at
 from parallel.mesh import Layout
 from parallel.pipeline import stages_of, stages_of_ranks, sum_tied_gradients
 
@@ -120,7 +120,7 @@ class Stage(PipelineStage):
         result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         if backward_type == "weight":
             self._reduce_at(last)
-            cast(Any, fully_shard).state(root)._root_post_backward_final_callback()
+            finish_backward(self._module.model)
         return result
 
     def _reduce_at(self, last: bool) -> None:
@@ -129,6 +129,9 @@ class Stage(PipelineStage):
         if self._apart:
             root.set_requires_gradient_sync(True)
             root.set_reshard_after_backward(last)
+        else:
+            # The head is computed with outside of the model, so FSDP2 doesn't gather it anew for what is still to come.
+            root.set_reshard_after_backward(last, recurse=False)
         reduce_gradients_at(self._module.model, last=last, accumulate=self._accumulate)
 
 

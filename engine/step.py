@@ -21,7 +21,7 @@ from engine.optim import set_lr
 from engine.optim.members import MemberOptimizer
 from models.linear import Marks
 from parallel.context import held_positions
-from parallel.fsdp import reduce_gradients_at
+from parallel.fsdp import finish_backward, reduce_gradients_at
 from parallel.mesh import Layout
 from parallel.pipeline import counted_parameters
 
@@ -72,18 +72,23 @@ def train_step(
 def direct(model: nn.Module, head_loss: HeadLoss, accumulate: str) -> tuple[Forward, ForwardBackward]:
     """Run microbatches one after the other through the whole model."""
 
-    def forward(batch: Batch) -> Tensor:
+    def passed(batch: Batch) -> tuple[Tensor, Tensor]:
         marks = marks_of(batch)
         hidden = model(batch.tokens, batch.positions, batch.documents, None, marks)
-        return head_loss(model, hidden, batch.targets, marks)
+        return hidden, head_loss(model, hidden, batch.targets, marks)
+
+    def forward(batch: Batch) -> Tensor:
+        return passed(batch)[1]
 
     def forward_backward(microbatches: Sequence[Batch], num_tokens: Tensor) -> Tensor:
         sums: list[Tensor] = []
         for index, batch in enumerate(microbatches):
             reduce_gradients_at(model, last=index == len(microbatches) - 1, accumulate=accumulate)
-            loss_sum = forward(batch)
+            hidden, loss_sum = passed(batch)
             # A step without any target has loss 0 and gradient 0; the flag keeps the optimizer from applying it.
             (loss_sum / num_tokens.clamp(min=1)).sum().backward()
+            if not hidden.requires_grad:  # only the head is trained, which is computed with outside of the model
+                finish_backward(model)
             sums.append(loss_sum.detach())
         return torch.stack(sums).sum(dim=0)
 
@@ -114,6 +119,8 @@ def clip_grad_norm(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm:
 
     Each member's gradients have a norm of their own, (members,).
     """
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without, f"trained, and without a gradient: {without[:5]}"
     if isinstance(optimizer, MemberOptimizer):
         parts = optimizer.parameters
         norms = layout.norm_over_stages(torch.stack([_norm_of(part, model) for part in parts]))

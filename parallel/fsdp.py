@@ -76,6 +76,12 @@ def reduce_gradients_at(model: nn.Module, *, last: bool, accumulate: str) -> Non
             root.set_requires_all_reduce(last)
 
 
+def finish_backward(model: nn.Module) -> None:
+    """Reduce and free after a backward pass that didn't come through the model's outputs, where FSDP2 waits for it."""
+    for root in fsdp_roots(model):
+        cast(Any, fully_shard).state(root)._root_post_backward_final_callback()
+
+
 def fsdp_roots(model: nn.Module) -> list[FSDPModule]:
     """List the outermost FSDP modules: the model itself, or each stage in a container of stages."""
     if isinstance(model, FSDPModule):

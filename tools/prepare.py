@@ -41,8 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted: {options.out} was not made", file=sys.stderr)
         return 130
-    print("\n".join(_summary(prepared, time.perf_counter() - begin)))
+    _print("\n".join(_summary(prepared, time.perf_counter() - begin)))
     return 0
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python would try again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -28,8 +28,12 @@ Spans = list[tuple[int, int]]
 
 ASSISTANT = "assistant"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# What a template's own arithmetic on a message can raise; a template's raise_exception is a TemplateError.
-_FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+# What compiling a template and its own arithmetic on a message can raise, as the Python that jinja makes of it: a name
+# that isn't there is an infinite constant. A template's raise_exception is a TemplateError.
+_FAILURES = (
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, NameError, RuntimeError,
+    SyntaxError, TypeError, ValueError,
+)  # fmt: skip
 
 
 class RenderError(Exception):
@@ -50,19 +54,21 @@ class ChatTemplate:
         self._environment = _environment()
         try:
             self._template = self._environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise DataError(problem(where, "", "is not a chat template", str(error))) from None
+        except _FAILURES as error:
+            raise DataError(problem(where, "", "is not a chat template", _said(error))) from None
         self._tokens = tokens
 
     def render(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[str, Spans]:
         """Return the text of a conversation and the characters of its answers; raises RenderError."""
         messages = [_as_templates_read(message) for message in messages]
         try:
-            if _Answers.of(self._environment).known:
-                return self._marked(messages, tools)
-            return self._by_growth(messages, tools)
+            marked = _Answers.of(self._environment).known
+            text, spans = self._marked(messages, tools) if marked else self._by_growth(messages, tools)
         except _FAILURES as error:
-            raise RenderError("template", f"the chat template says: {str(error) or type(error).__name__}") from None
+            raise RenderError("template", f"the chat template says: {_said(error)}") from None
+        if _encoded(text) != text:
+            raise RenderError("template", "the chat template makes half of a surrogate pair")
+        return text, spans
 
     def _text(self, messages: list[Message], tools: list[Any] | None, prompt: bool = False) -> str:
         return self._template.render(
@@ -96,10 +102,31 @@ class ChatTemplate:
                 what = f"the chat template doesn't mark answers, and message {index + 1} changes the text around it"
                 raise RenderError("unmarked", what)
             # What follows the end-of-text token belongs to the next turn.
-            end = answer.find(self._tokens["eos_token"])
-            size = end + len(self._tokens["eos_token"]) if end >= 0 else len(answer)
+            eos = self._tokens["eos_token"]
+            if _holds_inside(message, eos):
+                what = f"the chat template doesn't mark answers, and message {index + 1} holds {eos!r}, which ends one"
+                raise RenderError("unmarked", what)
+            end = answer.find(eos)
+            size = end + len(eos) if end >= 0 else len(answer)
             spans.append((len(before), len(before) + size))
         return text, spans
+
+
+def _holds_inside(message: Message, eos: str) -> bool:
+    """Tell whether the name of the end-of-text token stands anywhere but at the end of what a message says."""
+    content = message.get("content")
+    if isinstance(content, str):
+        message = message | {"content": content.rstrip().removesuffix(eos)}
+    return eos in json.dumps(message, ensure_ascii=False)
+
+
+def _said(error: BaseException) -> str:
+    return _encoded(str(error)) or type(error).__name__
+
+
+def _encoded(text: str) -> str:
+    """A text that can be written: half of a surrogate pair becomes its number."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 class _Answers(Extension):

@@ -207,7 +207,7 @@ def _chunks(corpus: Corpus, fields: Fields) -> Iterator[list[RawRecord]]:
     chunk: list[RawRecord] = []
     size = 0
     for file in corpus.files:
-        for record in read_records(file, fields.text, fields.columns):
+        for record in read_records(file, fields.text, fields.columns_of(file.format)):
             chunk.append(record)
             size += len(record.data or b"") + 64
             if size >= CHUNK_BYTES:

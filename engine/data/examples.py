@@ -21,6 +21,8 @@ from engine.data.records import BadRecord, RawRecord, read_records, text_of, to_
 from engine.data.sources import Corpus, Format, SourceFile
 
 _MESSAGE_FIELDS = ("messages", "conversations")
+_SYSTEM = "system"
+"""A role, and the field beside the messages that some data sets have instead."""
 _ROLES = {"human": "user", "gpt": "assistant"}
 _PEEKED = 20
 _ALPACA = (
@@ -51,9 +53,19 @@ class Fields:
         return self.prompt or "prompt", self.completion or "completion"
 
     @property
-    def columns(self) -> tuple[str, ...]:
+    def lists(self) -> tuple[str, ...]:
+        """Names of the field of messages, the first of which counts."""
+        return (self.messages,) if self.messages else _MESSAGE_FIELDS
+
+    def columns_of(self, format: Format) -> tuple[str, ...]:
         """Every name that a format may ask for."""
-        return (*self.pair, "instruction", "input", "output", self.messages, *_MESSAGE_FIELDS, "tools", self.text)
+        asked: dict[Format, tuple[str, ...]] = {
+            "text": (self.text,),
+            "completion": self.pair,
+            "instruction": ("instruction", "input", "output"),
+            "messages": (*self.lists, _SYSTEM, "tools"),
+        }
+        return asked[format]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,17 +143,21 @@ def _format_of(file: SourceFile, fields: Fields) -> Format:
 
 
 def _guess(names: Collection[str], fields: Fields) -> Format:
-    """The first format that has all its fields; those whose fields were named come before the others."""
+    """The first format that has all its fields; those whose fields were named come before the others.
+
+    A text beside an example is most often the same, laid out for another model: it comes last.
+    """
     asked_pair, asked_messages = bool(fields.prompt or fields.completion), bool(fields.messages)
     pair = all(name in names for name in fields.pair)
-    messages = any(name in names for name in ((fields.messages,) if asked_messages else _MESSAGE_FIELDS))
+    messages = any(name in names for name in fields.lists)
     candidates: list[tuple[bool, Format]] = [
         (asked_pair and pair, "completion"),
         (asked_messages and messages, "messages"),
-        (fields.text in names, "text"),
+        (fields.text != Fields.text and fields.text in names, "text"),
         (messages, "messages"),
         (pair, "completion"),
         ("instruction" in names and "output" in names, "instruction"),
+        (fields.text in names, "text"),
         # So that a wrong name is called one.
         (asked_pair, "completion"),
         (asked_messages, "messages"),
@@ -196,8 +212,7 @@ def _instruction(values: dict[str, Any], where: str) -> Pair | BadRecord:
 
 
 def _conversation(values: dict[str, Any], fields: Fields, where: str) -> Conversation | BadRecord:
-    names = (fields.messages,) if fields.messages else _MESSAGE_FIELDS
-    name = next((name for name in names if name in values), names[0])
+    name = next((name for name in fields.lists if name in values), fields.lists[0])
     if name not in values:
         return text_of({key: "" for key in values}, name, where)  # pyright: ignore[reportReturnType] - it is missing
     listed = values[name]
@@ -209,12 +224,53 @@ def _conversation(values: dict[str, Any], fields: Fields, where: str) -> Convers
             return BadRecord("not_text", where, f"message {number} has no role")
     if not any(message["role"] == ASSISTANT and _says_something(message) for message in messages):
         return BadRecord("no_target", where, f"no message of the role {ASSISTANT!r} says anything")
-    tools = values.get("tools")
-    try:
-        json.dumps(listed, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
+    if _has_half(listed):
         return BadRecord("not_utf8", where, f"field {name!r} holds half of a surrogate pair")
-    return Conversation(messages, tuple(tools) if isinstance(tools, list) else ())
+    tools = _tools(values, where)
+    if isinstance(tools, BadRecord):
+        return tools
+    begun = _with_system(messages, values, where)
+    return begun if isinstance(begun, BadRecord) else Conversation(begun, tools)
+
+
+def _tools(values: dict[str, Any], where: str) -> tuple[Any, ...] | BadRecord:
+    """The tools beside the messages; a string of JSON stands for the list in it."""
+    tools = values.get("tools")
+    if tools is None:
+        return ()
+    try:
+        listed = json.loads(tools) if isinstance(tools, str) else tools
+    except (ValueError, RecursionError):
+        listed = None
+    if not isinstance(listed, list):
+        return BadRecord("not_text", where, f"field 'tools' is not a list but {json.dumps(tools)[:40]}")
+    if _has_half(listed):
+        return BadRecord("not_utf8", where, "field 'tools' holds half of a surrogate pair")
+    return tuple(listed)
+
+
+def _with_system(
+    messages: tuple[dict[str, Any], ...], values: dict[str, Any], where: str
+) -> tuple[dict[str, Any], ...] | BadRecord:
+    """The messages after the turn that a field beside them holds; an empty one holds none."""
+    if values.get(_SYSTEM) is None:
+        return messages
+    system = text_of(values, _SYSTEM, where)
+    if isinstance(system, BadRecord) or not system.strip():
+        return system if isinstance(system, BadRecord) else messages
+    said = [message.get("content") for message in messages if message["role"] == _SYSTEM]
+    if said and said != [system]:
+        return BadRecord("not_text", where, f"field {_SYSTEM!r} and a message of that role say different things")
+    return messages if said else ({"role": _SYSTEM, "content": system}, *messages)
+
+
+def _has_half(value: Any) -> bool:
+    """Tell whether half of a surrogate pair stands in it, which no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _says_something(message: dict[str, Any]) -> bool:

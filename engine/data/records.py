@@ -58,6 +58,8 @@ class RawRecord(NamedTuple):
     data: bytes | None
     disk_bytes: int
     """Bytes of the file on the disk that were read for it; they add up to the file's size."""
+    fault: BadRecord | None = None
+    """What is wrong with it, where reading it has shown that already."""
 
 
 def read_records(file: SourceFile, text_field: str, columns: Sequence[str] = ()) -> Generator[RawRecord, None, None]:
@@ -112,7 +114,9 @@ def _parse(record: RawRecord, text_field: str) -> str | BadRecord | None:
 
 def _decode(record: RawRecord) -> str | BadRecord | None:
     """The record as a string; None for a blank line between records."""
-    file, line, data, _ = record
+    file, line, data, _, fault = record
+    if fault is not None:
+        return fault
     if data is None or len(data) > MAX_RECORD_BYTES:
         return BadRecord("too_long", f"{file.path}:{line}", f"longer than {MAX_RECORD_BYTES >> 20} MiB")
     try:
@@ -251,6 +255,7 @@ def _read_parquet(file: SourceFile, text_field: str) -> Iterator[RawRecord]:
     try:
         with pq.ParquetFile(file.path) as table:
             _check_column(file, table.schema_arrow, text_field)
+            _check_names(file, [name for name in table.schema_arrow.names if name == text_field])
             rows, row, reported = max(1, table.metadata.num_rows), 0, 0
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
                 # As bytes: a value that isn't UTF-8 is a bad record, not the end of the file.
@@ -276,15 +281,46 @@ def _read_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[RawRecord]:
         with pq.ParquetFile(file.path) as table:
             rows, row, reported = max(1, table.metadata.num_rows), 0, 0
             names = [name for name in table.schema_arrow.names if name in columns]
+            _check_names(file, names)
             for batch in table.iter_batches(batch_size=256, columns=names):
                 for values in batch.to_pylist():
                     row += 1
                     now = file.size_bytes * row // rows
-                    yield RawRecord(file, row, json.dumps(values, default=str).encode(), now - reported)
+                    found = _row_as_json(values, f"{file.path}:{row}")
+                    data, fault = (None, found) if isinstance(found, BadRecord) else (found, None)
+                    yield RawRecord(file, row, data, now - reported, fault)
                     reported = now
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except (pa.ArrowException, ValueError) as error:  # a ValueError: text that isn't UTF-8, one name twice in a struct
         why = str(error).splitlines()[0]
         raise DataError(problem(str(file.path), "", "can't be read as parquet", why)) from None
+
+
+def _row_as_json(values: dict[str, Any], where: str) -> bytes | BadRecord:
+    """A row as a line of .jsonl; binary values are text, what JSON has no type for is refused."""
+    fields = []
+    for name, value in values.items():
+        try:
+            fields.append(f"{json.dumps(name)}: {json.dumps(value, default=_decoded)}")
+        except UnicodeDecodeError as error:
+            what = f"field {name!r} holds byte 0x{error.object[error.start]:02x}, which is not UTF-8"
+            return BadRecord("not_utf8", where, what)
+        except TypeError as error:
+            return BadRecord("not_text", where, f"field {name!r} holds {error}")
+    return f"{{{', '.join(fields)}}}".encode()
+
+
+def _decoded(value: Any) -> str:
+    """What stands in JSON for a value of a type that JSON doesn't know."""
+    if isinstance(value, bytes):
+        return value.decode()
+    raise TypeError(f"a {type(value).__name__}, which JSON has no type for")
+
+
+def _check_names(file: SourceFile, names: Sequence[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        do = "Rename or remove all but one."
+        raise DataError(problem(str(file.path), "", f"has {names.count(twice)} columns {twice!r}", do=do))
 
 
 def _check_column(file: SourceFile, schema: Any, text_field: str) -> None:

@@ -84,7 +84,7 @@ def sample_texts(
     taken = passed = 0
     for file in corpus.files:
         goal = share * min(passed + file.size_bytes, total)
-        for record in read_records(file, fields.text, fields.columns):
+        for record in read_records(file, fields.text, fields.columns_of(file.format)):
             if taken >= goal:
                 break
             text, identity = sample_text(record, fields)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from configs.adapters import AdapterConfig
@@ -178,12 +177,13 @@ def site_numbers(seeds: Sequence[int], name: str) -> Tensor:
     return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
 
 
-def kept(
-    places: Int[Tensor, "batch seq"], sites: Int[Tensor, " members"], first: int, width: int, rate: float
-) -> Bool[Tensor, "batch seq width"]:
+@torch.library.custom_op("ropewalk::kept", mutates_args=())
+def kept(places: Tensor, sites: Tensor, first: int, width: int, rate: float) -> Tensor:
     """Say which inputs first..first+width-1 of each position stay: a share 1 - rate, by an integer hash.
 
-    The hash is murmur3's finaliser in 32 bits, of a position's 64-bit one and the input's number.
+    places (batch, seq) and sites (members) to (batch, seq, width), bool. The hash is murmur3's finaliser in 32 bits, of
+    a position's 64-bit one and the input's number. An operator, since the compiler (torch 2.13, CPU) computes other
+    masks for widths that don't fill its vectors.
     """
     sites = sites.repeat_interleave(places.shape[0] // sites.shape[0])[:, None]
     place = (places ^ sites) * -7046029254386353131  # 2^64 over the golden ratio: neighbours come far apart
@@ -194,3 +194,8 @@ def kept(
     h = (h ^ ((h >> 13) & 0x7FFFF)) * -1028477387
     h = h ^ ((h >> 16) & 0xFFFF)
     return h >= round(rate * 2**32) - 2**31
+
+
+@kept.register_fake
+def _(places: Tensor, sites: Tensor, first: int, width: int, rate: float) -> Tensor:
+    return places.new_empty((*places.shape, width), dtype=torch.bool)

@@ -10,7 +10,7 @@ from configs.errors import ConfigError
 from configs.schema import CompileConfig, Config
 from engine.compiler import check_compiler
 from models.adapters import attach
-from models.adapters.lora import SITE
+from models.adapters.lora import SITE, kept, site_numbers
 from models.linear import Linear, Marks
 from models.llama import Llama
 from models.quantized import quantize_frozen
@@ -134,3 +134,22 @@ def test_every_form_is_one_graph_without_a_break() -> None:
 
 def _all_forms(modes: dict[str, str]) -> dict[str, Any]:
     return {form: blocks_twice(form, mode) for form, mode in modes.items()}
+
+
+def masks_of(width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    places, site = torch.arange(32).view(2, 16) + 7, site_numbers([0], "layers.0.mlp.up_proj")
+    x = torch.ones(2, 16, width)
+
+    def dropped(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(kept(places, site, 0, width, 0.3), x / 0.7, 0)
+
+    return dropped(x), torch.compile(dropped, fullgraph=True, dynamic=False)(x)
+
+
+def compiled_masks() -> bool:
+    return all(torch.equal(*masks_of(width)) for width in (24, 64))
+
+
+def test_compiled_masks_are_the_eager_ones_whatever_the_width() -> None:
+    """The compiler's own code for the hash is wrong where a row doesn't fill its vectors."""
+    assert run_ranks(1, compiled_masks) == [True]

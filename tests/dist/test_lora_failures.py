@@ -243,3 +243,73 @@ def test_a_stage_without_anything_trained_saves_and_continues(adapter: dict[str,
     config = staged(adapter, pp=2)
     saved = run_ranks(2, saved_and_read_again, config, tmp_path)
     assert sorted(map(bool, saved)) == [False, True]
+
+
+# ---- only the head is trained, which the loss multiplies with outside of the model
+
+HEADS: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora", "rank": 4, "targets": ["lm_head"]},
+    "extraction": {"kind": "freeze", "trainable": ["lm_head.*"]},
+}
+AT_TWO = [("dp_shard", "sharded"), ("dp_shard", "replicated"), ("tp", "sharded"), ("pp", "sharded")]
+
+
+def head_config(name: str, base: str = "sharded", **sections: dict[str, Any]) -> Config:
+    data = {"micro_batch_size": 3}
+    return layout_config(3, model={"num_layers": 2}, adapter=HEADS[name] | {"base": base}, data=data, **sections)
+
+
+@functools.cache
+def head_runs(n: int) -> dict[str, Trained]:
+    places = AT_TWO if n == 2 else [("dp_shard", "sharded")]
+    return train_each(
+        n,
+        {
+            f"{name} {axis} {base}": head_config(name, base=base, parallel={axis: n})
+            for name in HEADS
+            for axis, base in places
+        },
+    )
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(("axis", "base"), AT_TWO)
+def test_a_head_alone_is_trained(name: str, axis: str, base: str) -> None:
+    """FSDP2 waits for a gradient of the model's outputs, and there is none."""
+    truth = head_runs(1)[f"{name} dp_shard sharded"]
+    first = starting_weights(resolve(head_config(name), 1))
+    for key in truth.grads:
+        start = torch.empty_like(truth.weights[key])
+        first(start, key, tuple(start.shape), (0,) * start.dim())
+        assert not torch.equal(truth.weights[key], start), f"{key} stayed what it was"
+    assert_same(head_runs(2)[f"{name} {axis} {base}"], truth, 1e-10)
+
+
+@pytest.mark.parametrize("schedule", ["GPipe", "LoopedBFS"])
+@pytest.mark.parametrize("base", ["sharded", "replicated"])
+def test_lora_on_the_head_outlives_the_first_of_many_backward_passes(schedule: str, base: str) -> None:
+    """All forward passes come first, and keep the gathered A; the first backward pass must not free it."""
+    runs = head_schedules()
+    assert_same(runs[f"{schedule} {base}"], head_under_many(), 1e-10)
+
+
+@functools.cache
+def head_schedules() -> dict[str, Trained]:
+    return train_each(
+        4,
+        {
+            f"{schedule} {base}": many(base, pp=2, dp_shard=2, schedule=schedule)
+            for schedule in ("GPipe", "LoopedBFS")
+            for base in ("sharded", "replicated")
+        },
+    )
+
+
+@functools.cache
+def head_under_many() -> Trained:
+    return train_on(1, many("sharded"))
+
+
+def many(base: str, **parallel: Any) -> Config:
+    adapter = {"targets": ["q_proj", "lm_head"], "base": base}
+    return a_config(adapter, model={"num_layers": 4}, data={"micro_batch_size": 1}, parallel=parallel)

@@ -9,16 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 
-from configs.load import config_from_dict
 from configs.check import resolve
 from configs.schema import Config
-from engine.data.batches import IGNORE, Batch
-from engine.loss import ChunkLoss, chunk_cross_entropy, next_token
-from engine.lr import lr_at
-from engine.optim import build_optimizer
-from engine.step import direct, train_step
+from engine.data.batches import IGNORE
 from engine.weights import starting_weights
 from models.hf_config import hf_config
 from models.hf_weights import our_name
@@ -36,6 +30,7 @@ from tests.training import (
     train_on,
     whole,
 )
+
 
 def a_config(steps: int, **sections: dict[str, Any]) -> Config:
     """Rows that no number of ranks divides, in fp32 unless said."""
