@@ -14,11 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from configs.errors import ConfigError, problem
+from configs.errors import ConfigError, NonFiniteError, problem
 from models.linear import Marks
 from models.llama import LayerCache, Llama
 
 Cache = dict[str, LayerCache]
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,8 @@ class Sampling:
             problems.append(problem("temperature", self.temperature, "must be 0 (greedy) or more"))
         if not 0 < self.top_p <= 1:
             problems.append(problem("top_p", self.top_p, "must be above 0 and at most 1"))
+        if not 0 <= self.seed <= MAX_SEED:
+            problems.append(problem("seed", self.seed, "must be from 0 to 2**63 - 1"))
         if problems:
             raise ConfigError(problems)
 
@@ -71,10 +74,16 @@ def generate(
 
 
 def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Choose from the logits (vocab) of one position."""
+    """Choose from the logits (vocab) of one position; raise NonFiniteError where one is not finite."""
+    if not bool(torch.isfinite(logits).all()):
+        why = "a weight is NaN or infinite, or the format is too narrow for them"
+        do = "Try --dtype fp32. If that does not help, the weights are spoiled: take an earlier checkpoint with --step."
+        raise NonFiniteError(problem("logits of the next token", "", "must all be finite", why, do))
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = torch.softmax(logits.double().cpu() / sampling.temperature, dim=-1)
+    precise = logits.double().cpu()
+    # None above 0, or a temperature near 0 would make it infinite.
+    probabilities = torch.softmax((precise - precise.max()) / sampling.temperature, dim=-1)
     likeliest, order = probabilities.sort(descending=True, stable=True)
     # A token stays while those before it hold less than top_p: the first always does.
     likeliest[likeliest.cumsum(dim=-1) - likeliest >= sampling.top_p] = 0.0

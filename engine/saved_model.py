@@ -5,6 +5,7 @@ by its headers, the base of an adapter by its identity. Tensors are read one at 
 are never touched. An adapter stays beside its base: the base is never changed, a merge is another stream of tensors.
 """
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +26,13 @@ from models.init import fill_local
 from models.llama import Llama
 from models.merge import merged_config, merged_tensors
 from models.peft_config import CONFIG, adapter_of, read_raw
-from models.peft_format import AdapterWeights, split_member
+from models.peft_format import WEIGHTS, AdapterWeights, split_member
 from models.quantized import can_quantize, dequantize, quantize
 from parallel.fsdp import DTYPES
 
 PREFIX = "model."  # of the model's tensors in a checkpoint
 MEMBER_NAME = re.compile(r"[A-Za-z0-9_-]+")
+LISTED_CHARACTERS = 200
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -47,6 +49,8 @@ class SavedAdapter:
     names: tuple[str, ...]
     base: str
     """The folder that the base lies in; empty where it is drawn or unknown."""
+    quantization: str = "none"
+    """Format that its base was held in while it was trained."""
     notes: tuple[str, ...] = ()
     """What the user should hear, such as newer checkpoints that could not be proved."""
 
@@ -172,8 +176,8 @@ def open_model(
 
     The folder may be Hugging Face's, or PEFT's: then its base is `base`, or the folder that it names. An `adapter` of
     PEFT's goes beside a model. A run of an adapter has its base in model.init_from, unless it has moved to `base`; of
-    several adapters `member` is taken. Without use_adapter the base is opened alone. Raises CheckpointError where a
-    folder is none of these or can't be proved.
+    several adapters `member` is taken. Without use_adapter the base is opened alone, or with `adapter` beside it.
+    Raises CheckpointError where a folder is none of these or can't be proved.
     """
     path = _existing(path)
     if (path / CONFIG).is_file():
@@ -182,7 +186,7 @@ def open_model(
         saved = _open_hf(path, step, best)
     else:
         saved = _open_checkpoint(path, step, best, base)
-    if adapter is not None and saved.adapter is not None:
+    if adapter is not None and saved.adapter is not None and use_adapter:
         expected = f"{saved.where} has an adapter already"
         raise ConfigError(problem("--adapter", str(adapter), expected, do="Merge that first."))
     if saved.adapter is None:
@@ -190,8 +194,9 @@ def open_model(
         odd = [problem(name, "", f"{saved.where} has no adapter") for name, value in given.items() if value]
         if odd:
             raise ConfigError(odd)
-        return saved if adapter is None else replace(saved, adapter=_beside(saved, adapter))
-    return replace(saved, adapter=saved.adapter.of(member) if use_adapter else None)
+    else:
+        saved = replace(saved, adapter=saved.adapter.of(member) if use_adapter else None)
+    return saved if adapter is None else replace(saved, adapter=_beside(saved, adapter))
 
 
 def open_adapter(path: str | Path, *, step: int | None = None, best: bool = False) -> SavedAdapter | None:
@@ -232,7 +237,7 @@ def load_model(saved: SavedModel, device: torch.device, dtype: torch.dtype, *, m
 
 def _existing(path: str | Path) -> Path:
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False for a name that no path can have, where pathlib raises
         expected = "no such folder"
         do = "Give a run (runs/NAME), a checkpoint or a Hugging Face folder."
         raise CheckpointError(problem(str(path), "", expected, do=do))
@@ -250,8 +255,8 @@ def _open_hf(path: Path, step: int | None, best: bool) -> SavedModel:
 def _open_peft(path: Path, step: int | None, best: bool, base: Path | None) -> SavedModel:
     _refuse_steps(path, step, best, "PEFT")
     named = read_raw(path).get("base_model_name_or_path")
-    if base is None and not (isinstance(named, str) and (Path(named) / "config.json").is_file()):
-        expected = f"its base {named!r} is no folder here" if named else "names no base"
+    if base is None and not (isinstance(named, str) and os.path.isfile(os.path.join(named, "config.json"))):
+        expected = f"its base {str(named)[:LISTED_CHARACTERS]!r} is no folder here" if named else "names no base"
         raise CheckpointError(problem(str(path), "", expected, do="Give --base HF_FOLDER."))
     saved = _open_hf(_existing(base or str(named)), None, best=False)
     tokenizer = find_tokenizer(path) or saved.tokenizer
@@ -274,6 +279,10 @@ def _refuse_steps(path: Path, step: int | None, best: bool, whose: str) -> None:
 
 def _read_checkpoint(path: Path, step: int | None, best: bool) -> tuple[CheckpointReader, Config]:
     """Prove a checkpoint and hold its tensors against what its own config trains."""
+    if (path / WEIGHTS).exists():  # a folder of PEFT's that has lost its JSON, or where a run is needed
+        read_raw(path)
+        do = "Give the run that it was exported from."
+        raise CheckpointError(problem(str(path), "", "is a folder of PEFT's, and a run is needed here", do=do))
     checkpoint = open_checkpoint(path, step=step, best=best, weights_only=True)
     run = config_from_dict(checkpoint.meta["config"], str(checkpoint.path))
     for member in run.adapter.members:
@@ -298,6 +307,7 @@ def _adapter_of_checkpoint(checkpoint: CheckpointReader, run: Config) -> SavedAd
         reader=_CheckpointWeights(checkpoint),
         names=tuple(trained_shapes(run.model, run.adapter)),
         base=run.model.init_from,
+        quantization=run.adapter.quantization,
         notes=tuple(checkpoint.refused),
     )
 

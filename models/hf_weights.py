@@ -46,6 +46,18 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in Llama(config).named_parameters()}
 
 
+def open_safetensors(path: Path) -> Any:
+    """Map a safetensors file; raise CheckpointError where it is missing, no file, or not whole."""
+    if not path.is_file():  # opening a pipe would wait for its writer
+        text = "is not a file" if path.exists() else "no such file"
+        raise CheckpointError(problem(str(path), "", text, "the tensors are read from it", "Fetch it again."))
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        text = f"not a whole safetensors file: {error}"
+        raise CheckpointError(problem(str(path), "", text, do="Fetch it again.")) from None
+
+
 @runtime_checkable
 class Reader(Protocol):
     """Whatever gives tensors by our names, whole or in part."""
@@ -125,12 +137,7 @@ class HfWeights:
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
-            path = self.folder / file
-            try:
-                self._files[file] = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                text = f"not a whole safetensors file: {error}"
-                raise CheckpointError(problem(str(path), "", text, do="Fetch it again.")) from None
+            self._files[file] = open_safetensors(self.folder / file)
         return self._files[file]
 
     def _locate(self) -> dict[str, str]:
@@ -153,6 +160,8 @@ class HfWeights:
         raise CheckpointError(problem(str(self.folder), "", f"holds neither {SINGLE} nor {INDEX}"))
 
     def _read_index(self, path: Path) -> dict[str, str]:
+        if not path.is_file():
+            raise CheckpointError(problem(str(path), "", "is not a file", do="Fetch it again."))
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             files = {str(name): str(file) for name, file in weight_map.items()}

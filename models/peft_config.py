@@ -8,6 +8,7 @@ Source: peft 0.21.2, tuners/lora/config.py, tuners/lora/model.py (how patterns m
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,11 @@ from configs.errors import CheckpointError, problem
 from configs.schema import ModelConfig
 from configs.targets import ALL_LINEAR, EMBEDDING, HEAD, adapted_modules, projections
 from models.hf_weights import hf_name
+from models.module_patterns import compile_patterns
 
 CONFIG = "adapter_config.json"
 PROMPT = "embed_tokens.prompt_embeddings"
-MAX_CONFIG_BYTES = 1 << 24
+MAX_CONFIG_BYTES = 1 << 20
 
 _TYPES = {"LORA": "lora", "PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix"}
 _READ = {
@@ -36,6 +38,11 @@ _WITHOUT_EFFECT = {"peft_type", "task_type", "base_model_name_or_path", "revisio
 _WITHOUT_EFFECT |= {"auto_mapping", "runtime_config", "megatron_core", "qalora_group_size", "encoder_hidden_size"}
 _WITHOUT_EFFECT |= {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
 _WITHOUT_EFFECT |= {"init_weights", "eva_config"}
+# Of PEFT 0.21.2; what a field that is in none of these lists does, nobody here knows.
+_NOT_COMPUTED = {"modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules", "fan_in_fan_out"}
+_NOT_COMPUTED |= {"lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora"}
+_NOT_COMPUTED |= {"alora_invocation_tokens", "ensure_weight_tying", "megatron_config", "use_bdlora", "arrow_config"}
+_NOT_COMPUTED |= {"loftq_config", "corda_config", "lora_ga_config", "kasa_config", "monteclora_config", "velora_config"}
 _EMPTY: tuple[Any, ...] = (None, False, {}, [])
 # Drawn without touching the base's weights, as others (pissa, olora, corda, loftq) do.
 _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -172,11 +179,15 @@ def _unsupported(raw: Mapping[str, Any], where: str, kind: str) -> list[str]:
         problems.append(problem(f"{where}: init_lora_weights", init, "must be true, false, gaussian, orthogonal or eva",
                                 why, do))  # fmt: skip
     known = _READ[kind] | _WITHOUT_EFFECT | {"num_transformer_submodules"}
-    problems += [
-        problem(f"{where}: {name}", value, "is not supported", "it changes what is computed")
-        for name, value in raw.items()
-        if name not in known and not any(value is empty or value == empty for empty in _EMPTY)
-    ]
+    for name, value in raw.items():
+        if name in known or any(value is empty or value == empty for empty in _EMPTY):
+            continue
+        if name in _NOT_COMPUTED:
+            problems.append(problem(f"{where}: {name}", value, "is not supported", "it changes what is computed"))
+        else:
+            why = "so it might change what is computed"
+            do = "Remove it if it does not, or train the adapter without it."
+            problems.append(problem(f"{where}: {name}", value, "is not known here", why, do))
     return problems
 
 
@@ -251,7 +262,8 @@ def _targeted(value: Any, where: str, model: ModelConfig, problems: list[str]) -
         return projections(model)
     found: list[str] = []
     if isinstance(value, str):
-        found = [name for name in names if _matches(value, _their_module(name), f"{where}: target_modules", problems)]
+        patterns = compile_patterns([value], f"{where}: target_modules", problems)
+        found = [name for name in names if _first_fit(patterns, name) is not None]
     elif isinstance(value, list) and all(isinstance(entry, str) for entry in value):
         ends = tuple(f".{entry}" for entry in value)
         found = [name for name in names if f".{_their_module(name)}".endswith(ends)]
@@ -270,27 +282,23 @@ def _values(
         problems.append(problem(f"{where}: {field}", pattern, "must be an object"))
         return {}
     read = _whole if field == "rank_pattern" else _positive
+    # As PEFT does: the whole name, or its end after a dot.
+    patterns = compile_patterns(pattern, f"{where}: {field}", problems, r"(.*\.)?({})")
     values = {key: read(pattern, key, f"{where}: {field}", problems) for key in pattern}
     found: dict[str, int | float] = {}
     for name in modules:
-        fits = (k for k in values if _matches(rf"(.*\.)?({k})", _their_module(name), f"{where}: {field}", problems))
-        key = next(fits, None)
+        key = _first_fit(patterns, name)
         found[name] = usual if key is None else values[key]
     return found
 
 
+def _first_fit(patterns: Mapping[str, re.Pattern[str]], name: str) -> str | None:
+    theirs = _their_module(name)
+    return next((key for key, pattern in patterns.items() if pattern.fullmatch(theirs)), None)
+
+
 def _their_module(name: str) -> str:
     return hf_name(f"{name}.")[:-1]
-
-
-def _matches(pattern: str, name: str, where: str, problems: list[str]) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except (re.error, RecursionError, OverflowError) as error:
-        text = problem(where, pattern, f"not a regular expression: {error}")
-        if text not in problems:
-            problems.append(text)
-        return False
 
 
 def _whole(raw: Mapping[str, Any], name: str, where: str, problems: list[str]) -> int:
@@ -305,7 +313,7 @@ def _whole(raw: Mapping[str, Any], name: str, where: str, problems: list[str]) -
 def _positive(raw: Mapping[str, Any], name: str, where: str, problems: list[str]) -> float:
     """One value that must be a number above 0; a problem is noted and 0 returned where it is not."""
     value = raw.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
         return float(value)
     problems.append(problem(f"{where}: {name}", value, "must be a positive number"))
     return 0.0

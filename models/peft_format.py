@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configs.adapters import AdapterConfig
@@ -20,7 +19,7 @@ from configs.errors import CheckpointError, problem
 from configs.schema import ModelConfig
 from configs.targets import adapted_modules
 from models.adapters import trained_shapes
-from models.hf_weights import FORMATS, LISTED_PROBLEMS, Reader, hf_name, our_name
+from models.hf_weights import FORMATS, LISTED_PROBLEMS, Reader, hf_name, open_safetensors, our_name
 from models.hf_write import new_folder, write_json
 from models.peft_config import CONFIG, PROMPT, peft_config, prefix_names, read_peft_config
 
@@ -104,7 +103,7 @@ class AdapterWeights:
             ]
             problems += [f"unexpected: {key} {self._stored(key)[0]}" for key in self._unknown]
             problems += dict.fromkeys(self._misfits(expected))
-            problems += self._changed(base) if not problems else []
+            problems += [*self._changed(base), *self._not_finite()] if not problems else []
         if problems:
             shown = problems[:LISTED_PROBLEMS]
             shown += [f"... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
@@ -147,17 +146,20 @@ class AdapterWeights:
             if not equal:
                 yield f"{key} {shape}: a weight of the base, and not what the base has"
 
+    def _not_finite(self) -> Iterator[str]:
+        """What would make every logit NaN; an adapter is small, so all of it is read."""
+        for key in dict.fromkeys(key for key, _ in self._keys.values()):
+            count = int((~torch.isfinite(self._file.get_slice(key)[:])).sum())
+            if count:
+                yield f"not finite: {key} {self._stored(key)[0]}, {count:,} of its values are NaN or infinite"
+
     def _open(self) -> Any:
         path = self.folder / WEIGHTS
         if not path.exists() and (self.folder / _PICKLE).exists():
             expected = "is a pickle, and weights are read from .safetensors only"
             why, do = "loading a pickle runs whatever code it carries", "Save it with safe_serialization=True."
             raise CheckpointError(problem(str(self.folder / _PICKLE), "", expected, why, do))
-        try:
-            return safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            text = f"not a whole safetensors file: {error}"
-            raise CheckpointError(problem(str(path), "", text, do="Fetch it again.")) from None
+        return open_safetensors(path)
 
     def _place(self, key: str) -> None:
         """Find what a stored tensor is."""

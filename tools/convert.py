@@ -26,10 +26,12 @@ from configs.check import resolve
 from configs.errors import CheckpointError, ConfigError, RunError, problem
 from configs.load import to_toml
 from configs.schema import Config, DataConfig, LrConfig, OptimConfig, RunConfig, StoreConfig
+from configs.targets import EMBEDDING, HEAD, adapted_modules
 from engine.hf_tokenizer import special_ids, tokenizer_files
 from engine.saved_model import SavedAdapter, SavedModel, open_adapter, open_model
 from models.flops import num_params
 from models.hf_write import MAX_SHARD_BYTES, write_hf
+from models.merge import MERGED_KINDS
 from models.peft_format import AdapterWeights, write_peft
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -121,8 +123,9 @@ def _import(args: argparse.Namespace) -> None:
     resolve(config, world_size=1)
     head = f"# torchrun --nproc-per-node 2 launchers/train.py {args.out}\n"
     head += (
-        f"# Trains {args.folder.resolve().name} further; run, data, optim and lr are a start, change them at will.\n\n"
+        f"# Trains {args.folder.resolve().name} further; run, data, optim and lr are a start, change them at will.\n"
     )
+    head += "# For LoRA: --adapter.kind lora --optim.lr 2e-4\n\n" if args.adapter is None else "\n"
     _write_text(args.out, head + to_toml(config))
     print(f"{args.folder}: {num_params(config.model):,} parameters, every tensor in place")
     if args.adapter is not None:
@@ -137,6 +140,15 @@ def _import(args: argparse.Namespace) -> None:
 def _import_adapter(folder: Path, saved: SavedModel) -> AdapterConfig:
     weights = AdapterWeights(folder, saved.config)
     weights.check(base=saved.reader)
+    for name in sorted(adapted_modules(saved.config, weights.config).keys() & {EMBEDDING, HEAD}):
+        if not saved.config.tie_embeddings and not weights.config.dora:
+            continue
+        expected = "PEFT's adapter has LoRA there, and can't be trained further here"
+        why = "the loss multiplies with the head in chunks, and would need its rows' lengths in each under DoRA"
+        if saved.config.tie_embeddings:
+            why = "the base's embedding and head share one weight, and merging an adapter of one would change the other"
+        do = "`merge` takes it; train the merged model."
+        raise CheckpointError(problem(f"{folder}: target_modules", name, expected, why, do))
     return replace(weights.config, init_from=str(folder.resolve()))
 
 
@@ -172,6 +184,10 @@ def _write_adapter(out: Path, adapter: SavedAdapter, dtype: str | None) -> None:
     size_mb = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     print(f"{adapter.where} -> {out}: {adapter.config.kind}, {len(adapter.names)} tensors, {size_mb:.3g} MB")
     print(f"its base: {adapter.base or 'drawn from the seed; export --no-adapter writes it'}")
+    if adapter.quantization != "none":
+        kept = "; merge adds it to what it was trained on" if adapter.config.kind in MERGED_KINDS else ""
+        differ = f"{adapter.quantization} (dequantised), whose logits differ from the plain base's"
+        print(f"it was trained over that base in {differ}{kept}")
 
 
 def _merge(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ each token does. The same sequences are read whatever the model, so that two mod
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from configs.errors import ConfigError, RunError, problem
+from configs.errors import ConfigError, NonFiniteError, RunError, problem
 from configs.schema import DataConfig, ObjectiveConfig, ParallelConfig, StoreConfig
 from engine.data.batches import Batches
 from engine.data.store import TokenStore
@@ -77,7 +78,14 @@ def heldout_losses(
         found: dict[str, tuple[str, HeldoutLoss]] = {}
         for store, (objective, batches) in opened.items():
             read = batches.heldout_microbatches(0, 1, SEQUENCES_AT_ONCE, max_sequences)
-            found[store] = objective, evaluate(model, forward, (batch.to(device) for batch in read), layout)
+            heldout = evaluate(model, forward, (batch.to(device) for batch in read), layout)
+            if not math.isfinite(heldout.loss):
+                expected, why = "must be finite", "a weight is NaN or infinite, or the format is too narrow for it"
+                do = "Take an earlier checkpoint with --step."
+                raise NonFiniteError(
+                    problem(f"held-out loss of {saved.where} on {store}", heldout.loss, expected, why, do)
+                )
+            found[store] = objective, heldout
         return found
     finally:
         dist.destroy_process_group()

@@ -27,6 +27,7 @@ from models.hf_weights import HfWeights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+MAX_THREADS = 1024
 SMALL = 100_000_000
 """Parameters below which threads that wait for each other cost more than they compute, most of all on busy cores."""
 
@@ -76,8 +77,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    if args.threads < 0:
-        raise ConfigError(problem("--threads", args.threads, "must be at least 0"))
+    if not 0 <= args.threads <= MAX_THREADS:
+        raise ConfigError(problem("--threads", args.threads, f"must be from 0 to {MAX_THREADS}"))
+    try:
+        args.prompt.encode("utf-8")
+    except UnicodeEncodeError:  # the shell passes any bytes
+        raise ConfigError(problem("--prompt", args.prompt, "must be text in UTF-8")) from None
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens,
         temperature=0.0 if args.greedy else args.temperature,

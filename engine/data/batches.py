@@ -295,8 +295,8 @@ def _check_examples(store: TokenStore, sequences: Sequences, seq_len: int, num_v
         taken = f", of which {num_virtual_tokens} are virtual tokens'" if num_virtual_tokens else ""
         what = f"{too_long} of {sequences.split.num_documents} examples are longer than a sequence of {seq_len}{taken}"
         do = (
-            f"Use --data.seq_len {sequences.longest + num_virtual_tokens} where model.max_seq_len permits it, or prepare "
-            f"the store again with --seq-len {room} --on-long-example skip (or truncate)."
+            f"Use --data.seq_len {sequences.longest + num_virtual_tokens} where model.max_seq_len permits it, or "
+            f"prepare the store again with --seq-len {room} --on-long-example skip (or truncate)."
         )
         raise DataError(problem(where, "", what, f"the longest has {sequences.longest} tokens", do))
 

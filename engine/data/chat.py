@@ -51,6 +51,8 @@ class ChatTemplate:
 
     def __init__(self, source: str, where: str, tokens: dict[str, str]) -> None:
         """Compile; raises DataError for what is no template."""
+        if _encoded(source) != source:
+            raise DataError(problem(where, "", "is not a chat template", "it holds half of a surrogate pair"))
         self._environment = _environment()
         try:
             self._template = self._environment.from_string(source)
@@ -101,10 +103,10 @@ class ChatTemplate:
             if not (after.startswith(before) and text.startswith(after) and said):
                 what = f"the chat template doesn't mark answers, and message {index + 1} changes the text around it"
                 raise RenderError("unmarked", what)
-            # What follows the end-of-text token belongs to the next turn.
+            # What follows the end-of-text token belongs to the next turn, if it isn't the answer that names the token.
             eos = self._tokens["eos_token"]
             if _holds_inside(message, eos):
-                what = f"the chat template doesn't mark answers, and message {index + 1} holds {eos!r}, which ends one"
+                what = f"the chat template doesn't mark answers, and message {index + 1} holds {eos!r}"
                 raise RenderError("unmarked", what)
             end = answer.find(eos)
             size = end + len(eos) if end >= 0 else len(answer)

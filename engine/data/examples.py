@@ -20,6 +20,7 @@ from engine.data.chat import ASSISTANT
 from engine.data.records import BadRecord, RawRecord, read_records, text_of, to_fields, to_text
 from engine.data.sources import Corpus, Format, SourceFile
 
+_TEXT = "text"
 _MESSAGE_FIELDS = ("messages", "conversations")
 _SYSTEM = "system"
 """A role, and the field beside the messages that some data sets have instead."""
@@ -40,7 +41,7 @@ _ALPACA_INPUT = (
 class Fields:
     """Which fields of a record hold what; an empty name stands for the usual one."""
 
-    text: str = "text"
+    text: str = _TEXT
     prompt: str = ""
     completion: str = ""
     messages: str = ""
@@ -153,7 +154,7 @@ def _guess(names: Collection[str], fields: Fields) -> Format:
     candidates: list[tuple[bool, Format]] = [
         (asked_pair and pair, "completion"),
         (asked_messages and messages, "messages"),
-        (fields.text != Fields.text and fields.text in names, "text"),
+        (fields.text != _TEXT and fields.text in names, "text"),
         (messages, "messages"),
         (pair, "completion"),
         ("instruction" in names and "output" in names, "instruction"),

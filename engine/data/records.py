@@ -255,7 +255,6 @@ def _read_parquet(file: SourceFile, text_field: str) -> Iterator[RawRecord]:
     try:
         with pq.ParquetFile(file.path) as table:
             _check_column(file, table.schema_arrow, text_field)
-            _check_names(file, [name for name in table.schema_arrow.names if name == text_field])
             rows, row, reported = max(1, table.metadata.num_rows), 0, 0
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
                 # As bytes: a value that isn't UTF-8 is a bad record, not the end of the file.
@@ -332,6 +331,7 @@ def _check_column(file: SourceFile, schema: Any, text_field: str) -> None:
         do = f"Did you mean --text-field {close[0]}?" if close else "Name the column with --text-field."
         columns = f"columns: {', '.join(map(repr, names[:12]))}"
         raise DataError(problem(str(file.path), "", f"has no column {text_field!r}", columns, do))
+    _check_names(file, [name for name in names if name == text_field])
     kind = schema.field(text_field).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type

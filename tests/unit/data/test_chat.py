@@ -107,6 +107,52 @@ def test_what_is_no_template_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("{% for m in messages %}" * 30 + "{% endfor %}" * 30, "too many statically nested blocks"),
+        (f"{{{{ {'(' * 900}1{')' * 900} }}}}", "maximum recursion depth exceeded"),
+        (f"{{{{ {'1' * 5000} }}}}", "Exceeds the limit"),
+        ("a\ud800", "it holds half of a surrogate pair"),
+    ],
+)
+def test_a_template_that_python_cannot_compile_is_refused(source: str, why: str) -> None:
+    with pytest.raises(DataError) as caught:
+        template(source)
+    assert str(caught.value).startswith(f"a.jinja: is not a chat template ({why}")  # each Python words it differently
+
+
+@pytest.mark.parametrize(
+    ("expression", "why"),
+    [
+        ("{{ 'a' * 10**17 }}", "the chat template says: MemoryError"),
+        ("{{ 'a'.center(10**17) }}", "the chat template says: MemoryError"),
+        ("{{ '%100000000000000000d' | format(1) }}", "the chat template says: MemoryError"),
+        ("{{ (1e308 * 10) | int }}", "the chat template says: name 'inf' is not defined"),
+        (r"{{ raise_exception('\ud800') }}", r"the chat template says: \ud800"),
+        (r"{{ '\ud800' }}", "the chat template makes half of a surrogate pair"),
+    ],
+)
+def test_what_a_template_cannot_make_refuses_the_conversation(expression: str, why: str) -> None:
+    for source in (marked(expression), expression + PLAIN):
+        with pytest.raises(RenderError) as caught:
+            template(source).render(TURNS)
+        assert (caught.value.kind, caught.value.what) == ("template", why)
+
+
+def test_an_answer_that_names_its_end_is_refused_without_marks() -> None:
+    turns = [TURNS[0], {"role": "assistant", "content": f"write {EOS} at the end"}]
+    with pytest.raises(RenderError) as caught:
+        template(PLAIN).render(turns)
+    assert caught.value.kind == "unmarked"
+    assert caught.value.what == "the chat template doesn't mark answers, and message 2 holds '<|end|>'"
+    (span,) = template(MARKED).render(turns)[1]
+    assert template(MARKED).render(turns)[0][slice(*span)] == f"write {EOS} at the end{EOS}"
+    # One that brings its own end has just one.
+    text, ((start, stop),) = template(PLAIN).render([TURNS[0], {"role": "assistant", "content": f"1{EOS}"}])
+    assert text[start:stop] == f"1{EOS}"
+
+
+@pytest.mark.parametrize(
     "source",
     [
         # It forgets the answers of earlier turns, writes them elsewhere, or ends the last one otherwise.

@@ -242,7 +242,8 @@ def test_examples_that_do_not_fit_are_counted_and_refused(store: Path) -> None:
     expected = (
         f"{store}: {sum(size > 57 for size in sizes)} of {len(sizes)} examples are longer than a sequence of 60, of "
         f"which 3 are virtual tokens' (the longest has {max(sizes)} tokens). Use --data.seq_len {max(sizes) + 3} where "
-        "model.max_seq_len permits it, or prepare the store again with --seq-len 57 --on-long-example skip (or truncate)."
+        "model.max_seq_len permits it, or prepare the store again with --seq-len 57 --on-long-example skip (or "
+        "truncate)."
     )
     config = config_of(store, **WHOLE, seq_len=60)
     assert refusal(config, objective="sft", num_virtual_tokens=3) == expected

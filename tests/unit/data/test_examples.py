@@ -1,6 +1,7 @@
 """Examples out of every format, told apart by their fields; what is no example, by name."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from engine.data.records import BadRecord, read_records
 from engine.data.sources import STDLIB_DOCS, SourceFile, find_files
 
 ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\nAdd.\n\n### Response:\n"
@@ -29,7 +31,7 @@ ALPACA_INPUT = (
 def read(path: Path, fields: Fields | None = None) -> list[Any]:
     fields = fields or Fields()
     (file,) = find_formats(find_files([str(path)]), fields).files
-    found = [to_example(record, fields) for record in read_records(file, fields.text, fields.columns)]
+    found = [to_example(record, fields) for record in read_records(file, fields.text, fields.columns_of(file.format))]
     return [example for example in found if example is not None]
 
 
@@ -52,7 +54,15 @@ def write(path: Path, *records: dict[str, Any] | str) -> Path:
             {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
             Conversation(tuple(ASKED)),
         ),
-        ({"text": "a", "messages": ASKED}, "a"),
+        ({"messages": ASKED, "tools": "[1]"}, Conversation(tuple(ASKED), (1,))),
+        ({"messages": ASKED, "tools": None, "system": None}, Conversation(tuple(ASKED))),
+        ({"messages": ASKED, "system": " "}, Conversation(tuple(ASKED))),
+        ({"messages": ASKED, "system": "Be brief."}, Conversation((SYSTEM, *ASKED))),
+        ({"messages": [SYSTEM, *ASKED], "system": "Be brief."}, Conversation((SYSTEM, *ASKED))),
+        ({"text": "a", "messages": ASKED}, Conversation(tuple(ASKED))),
+        ({"text": "a", "prompt": "b", "completion": "c"}, Pair("b", "c")),
+        ({"text": "a", "instruction": "Add.", "output": "2"}, Pair(ALPACA, "2", "Add.")),
+        ({"text": "a", "prompt": "b"}, "a"),
     ],
 )
 def test_the_fields_say_the_format(tmp_path: Path, record: dict[str, Any], expected: Any) -> None:
@@ -67,11 +77,13 @@ def test_the_fields_say_the_format(tmp_path: Path, record: dict[str, Any], expec
         (Fields(prompt="question", completion="answer"), Pair("q", "w")),
         (Fields(messages="turns"), Conversation(tuple(ASKED))),
         (Fields(format="messages"), Conversation(tuple(ASKED))),
-        (Fields(), "t"),
+        (Fields(text="body"), "t"),
+        (Fields(format="text"), "t"),
+        (Fields(), Conversation(tuple(ASKED))),
     ],
 )
 def test_a_format_or_fields_that_are_asked_for_come_first(tmp_path: Path, fields: Fields, expected: Any) -> None:
-    record = {"text": "t", "question": "q", "answer": "w", "turns": ASKED, "messages": ASKED}
+    record = {"text": "t", "body": "t", "question": "q", "answer": "w", "turns": ASKED, "messages": ASKED}
     assert read(write(tmp_path / "a.jsonl", record), fields) == [expected]
 
 
@@ -108,6 +120,17 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
             "not_utf8",
             "field 'messages' holds half of a surrogate pair",
         ),
+        ({"messages": ASKED, "tools": {"a": 1}}, "not_text", "field 'tools' is not a list but {\"a\": 1}"),
+        ({"messages": ASKED, "tools": "{}"}, "not_text", "field 'tools' is not a list but \"{}\""),
+        ({"messages": ASKED, "tools": "[1"}, "not_text", "field 'tools' is not a list but \"[1\""),
+        ({"messages": ASKED, "tools": ["\ud800"]}, "not_utf8", "field 'tools' holds half of a surrogate pair"),
+        ({"messages": ASKED, "tools": '["\\ud800"]'}, "not_utf8", "field 'tools' holds half of a surrogate pair"),
+        ({"messages": ASKED, "system": 1}, "not_text", "field 'system' is not a string but 1"),
+        (
+            {"messages": [SYSTEM, *ASKED], "system": "Be long."},
+            "not_text",
+            "field 'system' and a message of that role say different things",
+        ),
     ],
 }
 
@@ -137,6 +160,40 @@ def test_a_damaged_parquet_file_of_examples_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"PAR1 no, it is not")
     with pytest.raises(DataError, match=r"a\.parquet: can't be read as parquet \(.+\)\."):
         read(path, Fields(format="completion"))
+
+
+def write_columns(path: Path, **columns: Any) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_binary_columns_of_parquet_are_text(tmp_path: Path) -> None:
+    path = write_columns(tmp_path / "a.parquet", prompt=[b"\xc3\xa9", b"\xff"], completion=["b", "b"])
+    what = "field 'prompt' holds byte 0xff, which is not UTF-8"
+    assert read(path) == [Pair("\u00e9", "b"), BadRecord("not_utf8", f"{path}:2", what)]
+    binary = [{"role": message["role"], "content": message["content"].encode()} for message in ASKED]
+    assert read(write_columns(tmp_path / "b.parquet", messages=[binary])) == [Conversation(tuple(ASKED))]
+
+
+def test_what_json_has_no_type_for_is_refused_where_it_is_asked_for(tmp_path: Path) -> None:
+    noon = datetime(2020, 1, 1, 12)
+    path = write_columns(tmp_path / "a.parquet", prompt=[noon], completion=["b"])
+    what = "field 'prompt' holds a datetime, which JSON has no type for"
+    assert read(path) == [BadRecord("not_text", f"{path}:1", what)]
+    path = write_columns(tmp_path / "b.parquet", prompt=["a"], completion=["b"], text=[noon], input=[b"\xff"])
+    assert read(path) == [Pair("a", "b")]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    names = ["prompt", "completion", "prompt"]
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 3, names=names), path)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert str(caught.value) == f"{path}: has 2 columns 'prompt'. Rename or remove all but one."
+    twice = pa.StructArray.from_arrays([pa.array(["a"])] * 2, names=["role", "role"])
+    with pytest.raises(DataError, match=r"b\.parquet: can't be read as parquet \(.*duplicate field names"):
+        read(write_columns(tmp_path / "b.parquet", messages=twice))
 
 
 SOURCE = '''

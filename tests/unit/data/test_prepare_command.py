@@ -106,6 +106,14 @@ def test_help_explains_every_option() -> None:
     }  # fmt: skip
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(folder: Path, tmp_path: Path) -> None:
+    with start(str(folder), "--out", str(tmp_path / "store"), "--train-tokenizer", "300") as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(timeout=60)) == ("", 0)
+    TokenStore.open(tmp_path / "store", verify="full")
+
+
 @pytest.fixture
 def busy(folder: Path, tmp_path: Path) -> subprocess.Popen[str]:
     """A preparation with two workers that is writing tokens; `tmp_path`/store is its target."""

@@ -158,6 +158,14 @@ def test_parquet_without_the_column(tmp_path: Path) -> None:
     assert str(caught.value) == f"{path}: column 'id' must hold strings, not int64."
 
 
+def test_parquet_with_the_column_twice(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert str(caught.value) == f"{path}: has 2 columns 'text'. Rename or remove all but one."
+
+
 def test_what_isnt_parquet_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", b"PAR1 no, it is not")
     with pytest.raises(DataError, match=r"a\.parquet: can't be read as parquet \(.+\)\."):

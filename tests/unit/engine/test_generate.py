@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs.adapters import AdapterConfig
-from configs.errors import ConfigError
+from configs.errors import ConfigError, NonFiniteError
 from configs.schema import ModelConfig
 from engine.generate import Sampling, generate, next_token
 from models.adapters import attach
@@ -135,6 +135,25 @@ def test_a_low_temperature_sharpens() -> None:
     assert share == pytest.approx(torch.sigmoid(torch.tensor(2.0)).item(), abs=0.04)
 
 
+def test_a_temperature_near_0_is_nearly_greedy() -> None:
+    logits = torch.tensor([1.0, 2.0])
+    assert next_token(logits, Sampling(temperature=1e-310, seed=2**63 - 1), torch.Generator()) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(model: Llama, value: float, temperature: float) -> None:
+    with torch.no_grad():
+        model.lm_head.weight[7, 7] = value
+    with pytest.raises(NonFiniteError) as caught:
+        list(generate(model, PROMPT, Sampling(temperature=temperature)))
+    assert str(caught.value) == (
+        "logits of the next token: must all be finite "
+        "(a weight is NaN or infinite, or the format is too narrow for them). "
+        "Try --dtype fp32. If that does not help, the weights are spoiled: take an earlier checkpoint with --step."
+    )
+
+
 @pytest.mark.parametrize(
     ("prompt", "text"),
     [
@@ -158,9 +177,10 @@ def test_a_bad_prompt_is_refused_before_the_first_token(model: Llama, prompt: li
 
 def test_every_bad_setting_is_named() -> None:
     with pytest.raises(ConfigError) as caught:
-        Sampling(max_new_tokens=0, temperature=-1.0, top_p=0.0)
+        Sampling(max_new_tokens=0, temperature=-1.0, top_p=0.0, seed=10**22)
     assert caught.value.problems == [
         "max_new_tokens = 0: must be at least 1.",
         "temperature = -1.0: must be 0 (greedy) or more.",
         "top_p = 0.0: must be above 0 and at most 1.",
+        "seed = 10000000000000000000000: must be from 0 to 2**63 - 1.",
     ]

@@ -244,8 +244,17 @@ def test_a_missing_shard_and_a_false_index_are_named(tmp_path: Path) -> None:
         "(model.safetensors.index.json says that it does). Fetch the folder again."
     )
     (tmp_path / "hf" / last).unlink()
-    assert f"{tmp_path / 'hf' / last}: not a whole safetensors file: No such file or directory" in refusal(
-        tmp_path / "hf"
-    )
+    expected = "no such file (the tensors are read from it). Fetch it again."
+    assert refusal(tmp_path / "hf") == f"{tmp_path / 'hf' / last}: {expected}"
     index.write_text('{"weight_map": 3}')
     assert refusal(tmp_path / "hf").startswith(f"{index}: not a safetensors index: ")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    write(tmp_path / "hf", make_config())
+    path = tmp_path / "hf" / "model.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    assert refusal(tmp_path / "hf") == f"{path}: is not a file (the tensors are read from it). Fetch it again."
+    index = path.rename(tmp_path / "hf" / "model.safetensors.index.json")
+    assert refusal(tmp_path / "hf") == f"{index}: is not a file. Fetch it again."

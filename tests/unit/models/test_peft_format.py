@@ -1,7 +1,9 @@
 """Folders of PEFT's: what is written, and every kind of folder that is refused; PEFT itself is in tests/golden."""
 
 import json
+import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +239,8 @@ def test_an_adapter_that_is_not_the_one_that_is_trained_is_refused(folder: Path)
         ({"lora_bias": True}, "lora_bias = True: is not supported (it changes what is computed)."),
         ({"trainable_token_indices": [3]}, "trainable_token_indices = [3]: is not supported"),
         ({"exclude_modules": ["q_proj"]}, "exclude_modules = ['q_proj']: is not supported"),
-        ({"a_field_of_tomorrow": 7}, "a_field_of_tomorrow = 7: is not supported (it changes what is computed)."),
+        ({"a_field_of_tomorrow": 7}, "a_field_of_tomorrow = 7: is not known here (so it might change what is computed"
+         "). Remove it if it does not, or train the adapter without it."),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa': must be true, false, gaussian, orthogonal or e"),
         ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora': must be true, false, gaussian, orthogonal or e"),
         ({"bias": "all"}, "bias = 'all': must be 'none' or 'lora_only'."),
@@ -246,6 +249,7 @@ def test_an_adapter_that_is_not_the_one_that_is_trained_is_refused(folder: Path)
         ({"r": 1 << 40}, "r = 1099511627776: must be a positive whole number."),
         ({"lora_alpha": -1}, "lora_alpha = -1: must be a positive number."),
         ({"lora_alpha": float("nan")}, "lora_alpha = nan: must be a positive number."),
+        ({"lora_alpha": 10**400}, f"lora_alpha = {10**400}: must be a positive number."),
         ({"lora_dropout": 1.5}, "lora_dropout = 1.5: must be a number from 0 to below 1."),
         ({"use_rslora": "yes"}, "use_rslora = 'yes': must be true or false."),
         ({"target_modules": ["c_attn"]}, "target_modules = ['c_attn']: matches no module of the model. Is it an adap"),
@@ -253,7 +257,9 @@ def test_an_adapter_that_is_not_the_one_that_is_trained_is_refused(folder: Path)
         ({"target_modules": "q_proj["}, "target_modules = 'q_proj[': not a regular expression: unterminated"),
         ({"rank_pattern": [4]}, "rank_pattern = [4]: must be an object."),
         ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern: q_proj = 2.5: must be a positive whole number."),
-        ({"rank_pattern": {"(": 2}}, "rank_pattern = '(.*\\\\.)?(()': not a regular expression: missing )"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern = '(': not a regular expression: missing )"),
+        ({"rank_pattern": {"a)(b": 2}}, "rank_pattern = 'a)(b': not a regular expression: unbalanced parenthesis"),
+        ({"rank_pattern": {"(.*)*x": 2}}, "rank_pattern = '(.*)*x': could take for ever to match (a group is rep"),
         ({"use_dora": True, "target_modules": ["embed_tokens"]}, "use_dora = True: is not supported on embed_tokens."),
     ],
 )  # fmt: skip
@@ -321,9 +327,39 @@ def test_a_truncated_file_is_refused(folder: Path, length: int) -> None:
     assert text.endswith(". Fetch it again.")
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_no_file_is_not_opened(folder: Path, make: Callable[[Path], None]) -> None:
+    """A pipe would be waited for."""
+    file = folder / "adapter_model.safetensors"
+    file.unlink()
+    make(file)
+    expected = "is not a file (the tensors are read from it). Fetch it again."
+    assert refusal(folder) == f"PEFT/adapter_model.safetensors: {expected}"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_adapter_that_is_not_finite_is_refused(folder: Path, tmp_path: Path, value: float) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{UP_PROJ}.lora_B.weight"][3, 1] = value
+    save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, file)
+    assert refusal(folder).splitlines() == [
+        "PEFT: the adapter does not fit:",
+        f"  not finite: {UP_PROJ}.lora_B.weight (48, 4), 1 of its values are NaN or infinite",
+    ]
+    prefix = AdapterConfig(kind="prefix", num_virtual_tokens=5)
+    learned = make_tensors(prefix)
+    learned["layers.1.self_attn.v_proj.prefix_tokens"][:2] = value
+    write_peft(tmp_path / "prefix", MODEL, prefix, learned.items(), base_name=None)
+    assert refusal(tmp_path / "prefix").splitlines()[1:] == [
+        "  not finite: prompt_embeddings (5, 64), 32 of its values are NaN or infinite"
+    ]
+
+
 def test_folders_that_hold_no_adapter_are_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
-    assert refusal(folder).startswith("PEFT/adapter_model.safetensors: not a whole safetensors file: ")
+    text = "no such file (the tensors are read from it). Fetch it again."
+    assert refusal(folder) == f"PEFT/adapter_model.safetensors: {text}"
     path = folder / "adapter_config.json"
     for content, text in (
         ("{", "not readable as JSON: "),

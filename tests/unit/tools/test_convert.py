@@ -159,6 +159,9 @@ def test_import_writes_a_config_that_loads_and_names_the_folder(
     assert config.model == replace(make_config().model, init_from=str(tmp_path / "hf"))
     assert (config.run.name, config.data.stores[0].path, config.data.seq_len) == ("further", "data/mine", 64)
     assert out.read_text().startswith(f"# torchrun --nproc-per-node 2 launchers/train.py {out}\n")
+    # Whole models want a tenth of what LoRA does.
+    assert "\n# For LoRA: --adapter.kind lora --optim.lr 2e-4\n\n" in out.read_text()
+    assert config.optim.lr == 2e-5
     assert (
         f"python tools/prepare.py YOUR_TEXT --tokenizer {tmp_path / 'hf' / 'tokenizer.json'}" in capsys.readouterr().out
     )
@@ -276,4 +279,11 @@ def test_generate_refuses_what_can_not_work(run: Path, tmp_path: Path, capsys: p
     assert error.endswith(": must be shorter than model.max_seq_len = 64. Shorten the prompt.\n")
     code, error = refusal(capsys, generate, run, "--device", "nonsense")
     assert (code, error.startswith("error: --device = 'nonsense': can't be used (")) == (2, True)
+    assert refusal(capsys, generate, run, "--seed", str(10**22))[0] == 2
+    code, error = refusal(capsys, generate, run, "--threads", str(10**12))
+    assert (code, error) == (2, "error: --threads = 1000000000000: must be from 0 to 1024.\n")
+    # What Python makes of a byte 255 on the command line.
+    code, error = refusal(capsys, generate, run, "--prompt", "\udcff")
+    assert (code, error) == (2, "error: --prompt = '\\udcff': must be text in UTF-8.\n")
+    assert refusal(capsys, generate, "x" * 5000)[0] == 1
     assert refusal(capsys, generate, run, "--step", "7")[0] == 1

@@ -19,11 +19,11 @@ from engine.base_identity import base_identity
 from engine.checkpoint.checkpointer import Checkpointer
 from engine.saved_model import load_model, open_model
 from engine.weights import starting_weights
-from models.adapters import attach
+from models.adapters import attach, trained_shapes
 from models.hf_weights import HfWeights
 from models.hf_write import write_hf
 from models.llama import Llama
-from models.peft_format import AdapterWeights
+from models.peft_format import AdapterWeights, write_peft
 from models.quantized import dequantize, quantize
 from tools import convert, generate
 
@@ -241,6 +241,18 @@ def test_a_qlora_adapter_is_merged_onto_what_its_base_says(base: Path, tmp_path:
     assert same(logits(merged), logits(load_model(open_model(run), CPU, torch.float32)))
 
 
+@pytest.mark.parametrize("adapter", [LORA, AdapterConfig(kind="prompt", num_virtual_tokens=3)])
+def test_export_says_that_the_base_was_quantised(
+    adapter: AdapterConfig, base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = make_run(tmp_path / "run", make_config(replace(adapter, quantization="nf4"), base))
+    capsys.readouterr()
+    assert run_tool(convert, "export", run, tmp_path / "peft") == 0
+    text = "it was trained over that base in nf4 (dequantised), whose logits differ from the plain base's"
+    text += "; merge adds it to what it was trained on" if adapter.kind == "lora" else ""
+    assert capsys.readouterr().out.splitlines()[1:] == [f"its base: {base}", text]
+
+
 @pytest.mark.parametrize("kind", ["bottleneck", "prompt", "prefix"])
 def test_what_is_no_part_of_a_weight_is_not_merged(kind: Any, base: Path, tmp_path: Path, capsys: Any) -> None:
     run = make_run(tmp_path / "run", make_config(AdapterConfig(kind=kind), base))
@@ -269,6 +281,8 @@ def test_import_of_an_adapter_writes_a_config_that_trains_it_further(
     assert run_tool(convert, "import", base, "--out", out, "--adapter", tmp_path / "peft") == 0
     config = resolve(load_config(out, []), 2)
     assert config.adapter == replace(LORA, init_from=str(tmp_path / "peft"))
+    assert config.optim.lr == 2e-4
+    assert "For LoRA" not in out.read_text()
     assert f"{tmp_path / 'peft'}: lora, every tensor in place" in capsys.readouterr().out
     fill = starting_weights(config)
     found = torch.empty(64, 4)
@@ -281,6 +295,38 @@ def test_import_of_an_adapter_writes_a_config_that_trains_it_further(
         True,
     )
     assert not (tmp_path / "y.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "tie", "module", "why"),
+    [
+        (
+            replace(LORA, targets=("embed_tokens", "q_proj")),
+            True,
+            "embed_tokens",
+            "the base's embedding and head share one weight, and merging an adapter of one would change the other",
+        ),
+        (
+            replace(LORA, targets=("lm_head",), dora=True),
+            False,
+            "lm_head",
+            "the loss multiplies with the head in chunks, and would need its rows' lengths in each under DoRA",
+        ),
+    ],
+)
+def test_what_no_run_trains_is_merged_and_not_imported(
+    adapter: AdapterConfig, tie: bool, module: str, why: str, tmp_path: Path, capsys: Any
+) -> None:
+    base = make_base(tmp_path / "base", tie_embeddings=tie)
+    peft, model = tmp_path / "peft", HfWeights(base).config
+    tensors = ((name, torch.ones(shape)) for name, shape in trained_shapes(model, adapter).items())
+    write_peft(peft, model, adapter, tensors, base_name=str(base))
+    assert refusal(capsys, "import", base, "--out", tmp_path / "x.toml", "--adapter", peft) == (
+        1,
+        f"{peft}: target_modules = {module!r}: PEFT's adapter has LoRA there, and can't be trained further here "
+        f"({why}). `merge` takes it; train the merged model.",
+    )
+    done("merge", peft, tmp_path / "merged")
 
 
 # -------------------- what can't be
@@ -310,13 +356,29 @@ def test_user_errors_are_one_line(run: Path, base: Path, tmp_path: Path, capsys:
         assert refusal(capsys, *argv) == (code, text)
     path = tmp_path / "peft" / "adapter_config.json"
     fields = json.loads(path.read_text())
-    for name, text in (("org/model", "its base 'org/model' is no folder here"), (None, "names no base")):
+    long = "x" * 5000  # no path can be so long
+    for name, text in (
+        ("org/model", "its base 'org/model' is no folder here"),
+        (long, f"its base {long[:200]!r} is no folder here"),
+        (None, "names no base"),
+    ):
         path.write_text(json.dumps(fields | {"base_model_name_or_path": name}))
         assert refusal(capsys, "merge", tmp_path / "peft", out) == (
             1,
             f"{tmp_path / 'peft'}: {text}. Give --base HF_FOLDER.",
         )
     assert not out.exists()
+
+
+def test_a_folder_of_pefts_without_its_json_is_told_apart(run: Path, tmp_path: Path, capsys: Any) -> None:
+    run_tool(convert, "export", run, tmp_path / "peft")
+    where, out = tmp_path / "peft", tmp_path / "out"
+    text = "is a folder of PEFT's, and a run is needed here. Give the run that it was exported from."
+    assert refusal(capsys, "export", where, out) == (1, f"{where}: {text}")
+    (where / "adapter_config.json").unlink()
+    text = "no such file (an adapter of PEFT's is a folder with an adapter_config.json in it)."
+    for command in ("merge", "export"):
+        assert refusal(capsys, command, where, out) == (1, f"{where / 'adapter_config.json'}: {text}")
 
 
 def test_an_adapter_is_not_used_over_another_base(run: Path, base: Path, tmp_path: Path, capsys: Any) -> None:
@@ -372,6 +434,7 @@ def test_generate_with_and_without_the_adapter(run: Path, base: Path, tmp_path: 
     assert text(run, "--merged") == adapted != text(run, "--no-adapter")
     # Folders of Hugging Face's begin a text as transformers does.
     assert text(tmp_path / "peft") == text(base, "--adapter", tmp_path / "peft") != text(base)
+    assert text(run, "--no-adapter", "--adapter", tmp_path / "peft") == adapted
     assert run_tool(generate, base, "--merged", "--tokenizer", tokenizer) == 2
     assert capsys.readouterr().err == f"error: --merged: {base} has no adapter to merge.\n"
 

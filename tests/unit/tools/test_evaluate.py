@@ -94,6 +94,20 @@ def test_a_store_of_another_tokenizer_is_refused(tmp_path: Path, capsys: pytest.
     )
 
 
+def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = make_workplace(tmp_path) / "store"
+    model = make_model(tmp_path / "hf")
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    model.save_pretrained(tmp_path / "spoiled")
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path / "spoiled"), "--store", str(store), "--seq-len", str(SEQ_LEN)]) == 1
+    assert capsys.readouterr().err == (
+        f"error: held-out loss of {tmp_path / 'spoiled'} on {store} = nan: must be finite "
+        "(a weight is NaN or infinite, or the format is too narrow for it). Take an earlier checkpoint with --step.\n"
+    )
+
+
 def test_negative_counts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([str(tmp_path), "--store", "none", "--seq-len", "-1"]) == 2
     assert capsys.readouterr().err == "error: --seq-len and --max-sequences: must be at least 0.\n"
