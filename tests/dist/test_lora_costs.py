@@ -2,6 +2,7 @@
 
 import gc
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.check import resolve
-from configs.schema import Config
+from configs.schema import CheckpointConfig, Config
 from engine.build import build_passes
+from engine.checkpoint.checkpointer import Checkpointer
 from engine.loss import chunk_cross_entropy, next_token
 from engine.optim import build_optimizer
 from engine.step import train_step
@@ -251,17 +253,19 @@ def test_a_frozen_parameter_is_its_16_bits_or_its_codes_and_nothing_more(quantiz
         assert living - frozen - trained - state < 0.25 * frozen
 
 
-def weights_before_and_after(config: Config) -> dict[str, bool]:
-    """Whether each frozen parameter is the same bits after three steps."""
+def weights_before_and_after(config: Config, folder: str) -> dict[str, bool]:
+    """Whether each frozen parameter is the same bits after three steps and a save in the background after each."""
     config = resolve(config, dist.get_world_size())
     layout = build_layout(config.parallel, torch.device("cpu"))
     model = build_model(config, layout, starting_weights(config))
     optimizer = build_optimizer(model, config.optim)
     before = {name: local_part(p)[0].clone() for name, p in model.named_parameters()}
     _, forward_backward = build_passes(config, layout, model)
-    for step in range(3):
-        batches = my_microbatches(adapted_batch(step, False, config), layout, 3)
-        train_step(model, optimizer, forward_backward, batches, 1e-2, 1.0, layout)
+    with Checkpointer(Path(folder), CheckpointConfig()) as checkpointer:
+        for step in range(3):
+            batches = my_microbatches(adapted_batch(step, False, config), layout, 3)
+            train_step(model, optimizer, forward_backward, batches, 1e-2, 1.0, layout)
+            checkpointer.save(step + 1, model, optimizer, {})
     free_gathered(model)
     after = {name: torch.equal(local_part(p)[0], before[name]) for name, p in model.named_parameters()}
     assert all(after[name] != p.requires_grad for name, p in model.named_parameters()), "what is trained moves"
@@ -273,11 +277,13 @@ def weights_before_and_after(config: Config) -> dict[str, bool]:
     [("none", {"dp_shard": 2}, "sharded"), ("nf4", {"tp": 2}, "sharded"), ("nf4", {"dp_shard": 2}, "replicated")],
     ids=str,
 )
-def test_the_base_is_the_same_bits_after_training(quantization: str, parallel: dict[str, Any], base: str) -> None:
+def test_the_base_is_the_same_bits_after_training_and_saving(
+    quantization: str, parallel: dict[str, Any], base: str, tmp_path: Path
+) -> None:
     adapter = {"kind": "lora", "rank": RANK, "quantization": quantization, "base": base}
     data, optim = {"micro_batch_size": 3}, {"weight_decay": 0.5}
     config = layout_config(3, model=LARGE, adapter=adapter, precision=LOWER, data=data, optim=optim, parallel=parallel)
-    assert run_ranks(2, weights_before_and_after, config)
+    assert run_ranks(2, weights_before_and_after, config, str(tmp_path / "checkpoints"))
 
 
 # ---- matrix products

@@ -1,10 +1,14 @@
 """Parameter and FLOP counts against the real model, torch's own counter and published figures."""
 
+from math import prod
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from configs.adapters import AdapterConfig
 from configs.schema import ModelConfig
+from models.adapters import attach, trained_shapes
 from models.flops import flops_per_token, num_matmul_params, num_params
 from models.llama import Llama
 
@@ -82,6 +86,40 @@ def test_flops_per_token_equal_torchs_count_of_the_real_model(tie: bool) -> None
         model.lm_head(model(tokens)).sum().backward()
     expected = flops_per_token(config, seq_len, causal=False) * tokens.numel()
     assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize(
+    ("adapter", "first"),
+    [
+        (AdapterConfig(kind="lora", rank=3), 0),
+        (AdapterConfig(kind="lora", rank=3, targets=("layers.1.*", "lm_head")), 1),
+        (AdapterConfig(kind="freeze", last_layers=1), 2),
+        (AdapterConfig(kind="bottleneck", bottleneck_dim=5), 0),
+    ],
+    ids=["lora", "lora above", "freeze", "bottleneck"],
+)
+def test_frozen_weights_have_no_gradient_of_their_own(adapter: AdapterConfig, first: int) -> None:
+    """Against torch's count, which leaves out the inputs' gradients that the first trained layer doesn't need."""
+    config, seq_len = small(tie=False), 16
+    model = Llama(config)
+    attach(model, adapter)
+    tokens = torch.zeros(2, seq_len, dtype=torch.int64)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model.lm_head(model(tokens)).sum().backward()
+    trained = trained_shapes(config, adapter)
+    expected = flops_per_token(config, seq_len, causal=False, trained=trained)
+    needless = ["q_proj.", "k_proj.", "v_proj."]
+    if adapter.kind == "freeze":  # the norm before them is trained
+        needless = []
+    if adapter.kind == "bottleneck":  # it stands behind that layer's attention, scores included
+        needless += ["o_proj.weight", "o_proj.bottleneck_down.weight"]
+        expected -= 8 * config.num_heads * config.head_dim * seq_len
+    names = [f"layers.{first}.self_attn.{part}" for part in needless]
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    below = [name for name in shapes if name.startswith(tuple(names)) and ".lora_B." not in name]
+    expected -= 2 * sum(prod(shapes[name]) for name in below)
+    assert counter.get_total_flops() == expected * tokens.numel()
 
 
 def test_the_head_is_a_multiplication_even_when_it_is_tied() -> None:
