@@ -286,6 +286,31 @@ def test_the_base_is_the_same_bits_after_training_and_saving(
     assert run_ranks(2, weights_before_and_after, config, str(tmp_path / "checkpoints"))
 
 
+def most_16_bit_matrices(config: Config) -> int:
+    """How many whole projections there are in 16 bits at once while a quantised base is filled."""
+    config = resolve(config, dist.get_world_size())
+    layout = build_layout(config.parallel, torch.device("cpu"))
+    fill, counts = starting_weights(config), []
+    shapes = {tuple(p.shape) for p in Llama(config.model).layers.parameters() if p.dim() == 2}
+
+    def counting(local: Tensor, name: str, shape: tuple[int, ...], offset: tuple[int, ...]) -> None:
+        fill(local, name, shape, offset)
+        living = [one for one in gc.get_objects() if isinstance(one, Tensor) and one.dtype == torch.bfloat16]
+        counts.append(len([one for one in living if tuple(one.shape) in shapes and one.device.type == "cpu"]))
+
+    build_model(config, layout, counting)
+    return max(counts)
+
+
+def test_a_quantised_base_never_exists_in_16_bits() -> None:
+    adapter = {"kind": "lora", "rank": RANK, "quantization": "nf4"}
+    model = LARGE | {"vocab_size": 540}  # else half of the embedding looks like a projection
+    config = layout_config(1, model=model, adapter=adapter, precision=LOWER, parallel={"dp_shard": 2})
+    assert max(run_ranks(2, most_16_bit_matrices, config)) <= 1
+    plain = layout_config(1, model=LARGE, adapter={"kind": "lora", "rank": RANK}, precision=LOWER)
+    assert run_ranks(1, most_16_bit_matrices, plain)[0] > 1, "a plain base is seen"
+
+
 # ---- matrix products
 
 
