@@ -223,3 +223,20 @@ def assert_same_tensors(
         else:
             error = ((found[name] - tensor).norm() / tensor.norm()).item()
             assert error < bound, f"{what} {name}: relative error {error:.2e}"
+
+
+def train_and_count(config: Config) -> tuple[Trained | None, int]:
+    """Train; whatever would be compiled after the first step is an error. Returns the number of graphs, too."""
+    import torch._dynamo.utils as dynamo
+
+    global train_step
+    take_step = train_step
+
+    def then_no_more(*arguments: Any) -> Any:
+        result = take_step(*arguments)
+        torch.compiler.set_stance("fail_on_recompile")
+        return result
+
+    train_step = then_no_more
+    found = train_here(config, False)
+    return found, dynamo.counters["stats"]["unique_graphs"]

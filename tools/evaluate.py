@@ -10,7 +10,6 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,10 +20,11 @@ from engine.data.batches import Batches
 from engine.data.store import TokenStore
 from engine.evaluate import HeldoutLoss, evaluate
 from engine.loss import chunk_cross_entropy, next_token
-from engine.saved_model import SavedModel, load_model, open_model
+from engine.saved_model import SavedModel, load_model
 from engine.step import direct
 from launchers.env import usable_cores
 from parallel.mesh import build_layout
+from tools.source import add_source, open_source
 
 SEQUENCES_AT_ONCE = 8
 DEFAULT_SEQ_LEN = 1024
@@ -37,17 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.seq_len < 0 or args.max_sequences < 0:
             raise ConfigError(problem("--seq-len and --max-sequences", "", "must be at least 0"))
-        saved = open_model(
-            args.source,
-            step=args.step,
-            best=args.best,
-            base=args.base,
-            adapter=args.adapter,
-            member=args.member,
-            use_adapter=not args.no_adapter,
-        )
-        for note in saved.notes:
-            print(f"note: {note}", file=sys.stderr)
+        saved = open_source(args)
         found = heldout_losses(saved, args.store, args.seq_len, args.max_sequences)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -119,19 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     assert __doc__ is not None, "the module docstring is the help text"
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="tools/evaluate.py", description=__doc__, formatter_class=formatter)
-    parser.add_argument(
-        "source", type=Path, metavar="FOLDER", help="runs/NAME, a checkpoint, a Hugging Face folder or one of PEFT's"
-    )
+    add_source(parser)
     parser.add_argument("--store", action="append", required=True, help="token store; may be given several times")
     parser.add_argument("--seq-len", type=int, default=0, help="tokens a sequence (default: the model's, 1024 at most)")
     parser.add_argument("--max-sequences", type=int, default=0, help="of each store, evenly spaced (default: all)")
-    chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--step", type=int, help="checkpoint of this step (default: the newest good one)")
-    chosen.add_argument("--best", action="store_true", help="checkpoint with the lowest held-out loss")
-    parser.add_argument("--adapter", type=Path, metavar="PEFT_FOLDER", help="put this adapter beside the model")
-    parser.add_argument("--no-adapter", action="store_true", help="use the base of a run of an adapter alone")
-    parser.add_argument("--member", default="", help="which of several adapters that were trained at once")
-    parser.add_argument("--base", type=Path, metavar="HF_FOLDER", help="the adapter's base, where it has moved to")
     return parser
 
 

@@ -21,9 +21,10 @@ from configs.errors import CheckpointError, ConfigError, RunError, problem
 from engine.data.tokenizer import Tokenizer
 from engine.generate import Sampling, generate
 from engine.hf_tokenizer import leading_ids
-from engine.saved_model import SavedModel, load_model, open_model
+from engine.saved_model import SavedModel, load_model
 from models.flops import num_params
 from models.hf_weights import HfWeights
+from tools.source import add_source, open_source
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -52,16 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     assert __doc__ is not None, "the module docstring is the help text"
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="tools/generate.py", description=__doc__, formatter_class=formatter)
-    parser.add_argument(
-        "source", type=Path, metavar="FOLDER", help="runs/NAME, a checkpoint, a Hugging Face folder or one of PEFT's"
-    )
-    chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--step", type=int, help="checkpoint of this step (default: the newest good one)")
-    chosen.add_argument("--best", action="store_true", help="checkpoint with the lowest held-out loss")
-    parser.add_argument("--adapter", type=Path, metavar="PEFT_FOLDER", help="put this adapter beside the model")
-    parser.add_argument("--no-adapter", action="store_true", help="use the base of a run of an adapter alone")
-    parser.add_argument("--member", default="", help="which of several adapters that were trained at once")
-    parser.add_argument("--base", type=Path, metavar="HF_FOLDER", help="the adapter's base, where it has moved to")
+    add_source(parser)
     parser.add_argument("--merged", action="store_true", help="merge the adapter into the base first, in memory")
     parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="stop after so many (default: %(default)s)")
@@ -90,19 +82,9 @@ def _generate(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     device = _device(args.device)
-    saved = open_model(
-        args.source,
-        step=args.step,
-        best=args.best,
-        base=args.base,
-        adapter=args.adapter,
-        member=args.member,
-        use_adapter=not args.no_adapter,
-    )
+    saved = open_source(args)
     if args.merged and saved.adapter is None:
         raise ConfigError(problem("--merged", "", f"{saved.where} has no adapter to merge"))
-    for note in saved.notes:
-        print(f"note: {note}", file=sys.stderr)
     tokenizer = _tokenizer(args.tokenizer, saved)
     prompt = _prompt(args.prompt, tokenizer, saved)
     threads = args.threads or int(num_params(saved.config) < SMALL)

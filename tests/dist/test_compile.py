@@ -17,9 +17,8 @@ from configs.schema import CompileConfig, Config, RecomputeConfig
 from engine.compiler import check_compiler
 from models.llama import Llama
 from parallel.recompute import recompute
-from tests import training
 from tests.ranks import run_ranks
-from tests.training import Trained, assert_same, layout_config, put_together, train_here, train_on
+from tests.training import Trained, assert_same, layout_config, put_together, train_and_count, train_here, train_on
 
 
 @pytest.fixture(autouse=True)
@@ -41,22 +40,6 @@ def a_config(mode: str, compiled: bool, **parallel: Any) -> Config:
         compile={"blocks": compiled, "loss": compiled and mode == "none"},
         parallel=parallel,
     )
-
-
-def train_and_count(config: Config) -> tuple[Trained | None, int]:
-    """Train; whatever would be compiled after the first step is an error. Returns the number of graphs, too."""
-    import torch._dynamo.utils as dynamo
-
-    take_step = training.train_step
-
-    def then_no_more(*arguments: Any) -> Any:
-        result = take_step(*arguments)
-        torch.compiler.set_stance("fail_on_recompile")
-        return result
-
-    training.train_step = then_no_more
-    found = train_here(config, False)
-    return found, dynamo.counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,8 @@ from models.llama import Llama
 from models.quantized import quantize_frozen
 from models.rope import rope_table
 from parallel.recompute import recompute
-from tests import training
 from tests.ranks import run_ranks
-from tests.training import Trained, assert_same, layout_config, put_together, train_here, train_on
+from tests.training import assert_same, layout_config, put_together, train_and_count, train_on
 
 WIDE = {"num_layers": 3, "dim": 64, "num_heads": 4, "head_dim": 32, "ffn_dim": 128}
 LORA = {"kind": "lora", "rank": 4}
@@ -43,22 +42,6 @@ def a_config(adapter: dict[str, Any], mode: str, compiled: bool, **parallel: Any
         compile={"blocks": compiled},
         parallel=parallel,
     )
-
-
-def train_and_count(config: Config) -> tuple[Trained | None, int]:
-    """Train; whatever would be compiled after the first step is an error. Returns the number of graphs, too."""
-    import torch._dynamo.utils as dynamo
-
-    take_step = training.train_step
-
-    def then_no_more(*arguments: Any) -> Any:
-        result = take_step(*arguments)
-        torch.compiler.set_stance("fail_on_recompile")
-        return result
-
-    training.train_step = then_no_more
-    found = train_here(config, False)
-    return found, dynamo.counters["stats"]["unique_graphs"]
 
 
 def test_compiled_blocks_train_the_eager_run_by_one_graph() -> None:
