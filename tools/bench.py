@@ -35,7 +35,7 @@ from configs.load import load_config
 from configs.schema import Config
 from launchers.env import usable_cores
 from tools import bench_layouts, bench_lora, bench_members
-from tools.turns import OURS, Ours, measure, print_report, report, train_plainly
+from tools.turns import OURS, Ours, add_turns, measure, print_report, report, train_plainly
 
 
 class Theirs:
@@ -83,14 +83,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="tools/bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "config", nargs="?", default="configs/bench.toml", help="preset or TOML file of the model and batch"
-    )
-    parser.add_argument("--rounds", type=int, default=6, help="turns of each side (6)")
-    parser.add_argument("--steps", type=int, default=3, help="steps a turn (3)")
+    add_turns(parser)
     parser.add_argument("--theirs", choices=("eager", "compile"), default="eager", help="how transformers' model runs")
     parser.add_argument("--tuned", action="store_true", help="give theirs the engine's malloc settings too (CPU)")
-    parser.add_argument("--json", type=Path, help="write every figure to this file")
     arguments, overrides = parser.parse_known_args(argv)
     try:
         if min(arguments.rounds, arguments.steps) < 1:

@@ -24,7 +24,7 @@ from configs.load import load_config
 from configs.schema import Config
 from launchers.env import usable_cores
 from parallel.fsdp import DTYPES
-from tools.turns import OURS, Ours, measure, print_report, report, train_plainly
+from tools.turns import OURS, Ours, add_turns, measure, print_report, report, train_plainly
 
 COMPARED = {"kind", "targets", "rank", "alpha", "rslora", "dora", "base"}
 """Fields of [adapter] that may be set; the others are left as they are, since only ours would do what they say."""
@@ -95,14 +95,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="tools/bench.py lora", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "config", nargs="?", default="configs/bench.toml", help="preset or TOML file of the model and batch"
-    )
-    parser.add_argument("--rounds", type=int, default=6, help="turns of each side (6)")
-    parser.add_argument("--steps", type=int, default=3, help="steps a turn (3)")
+    add_turns(parser)
     parser.add_argument("--theirs", choices=("fp32", "bf16"), default="fp32", help="format of PEFT's adapters (fp32)")
     parser.add_argument("--tuned", action="store_true", help="give theirs the engine's malloc settings too (CPU)")
-    parser.add_argument("--json", type=Path, help="write every figure to this file")
     arguments, overrides = parser.parse_known_args(argv)
     try:
         if min(arguments.rounds, arguments.steps) < 1:

@@ -27,7 +27,7 @@ from engine.data.batches import Batch
 from engine.data.members import joined
 from engine.step import train_step
 from launchers.env import usable_cores
-from tools.turns import OURS, Measured, Ours, measure
+from tools.turns import OURS, Measured, Ours, add_turns, measure
 
 TOGETHER = "together"
 
@@ -60,11 +60,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the comparison and print it."""
     formatter = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(prog="tools/bench.py members", description=__doc__, formatter_class=formatter)
-    parser.add_argument("config", nargs="?", default="configs/bench.toml", help="preset of the model and batch")
+    add_turns(parser)
     parser.add_argument("--members", type=int, default=4, help="adapters that are trained together (4)")
-    parser.add_argument("--rounds", type=int, default=6, help="turns of each side (6)")
-    parser.add_argument("--steps", type=int, default=3, help="steps a turn (3)")
-    parser.add_argument("--json", type=Path, help="write every figure to this file")
     arguments, overrides = parser.parse_known_args(list(argv))
     try:
         if min(arguments.rounds, arguments.steps) < 1 or arguments.members < 2:

@@ -4,6 +4,7 @@ This machine's mood hits both alike, so the ratio of the medians is what counts.
 bring the other side.
 """
 
+import argparse
 import multiprocessing
 import platform
 import statistics
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -80,6 +82,16 @@ class Ours:
             self.model, self.optimizer, self.forward_backward, batches, optim.lr, optim.max_grad_norm, self.layout
         )
         return result.loss_sum / result.num_tokens
+
+
+def add_turns(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every comparison has: what is trained, for how long, and where the figures go."""
+    parser.add_argument(
+        "config", nargs="?", default="configs/bench.toml", help="preset or TOML file of the model and batch"
+    )
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each side (6)")
+    parser.add_argument("--steps", type=int, default=3, help="steps a turn (3)")
+    parser.add_argument("--json", type=Path, help="write every figure to this file")
 
 
 def train_plainly(
