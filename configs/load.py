@@ -243,6 +243,7 @@ def _unknown(cls: type, name: str, prefix: str, reading: _Reading) -> Iterator[s
         elif not near:
             same = [leaf.key for leaf in walk(Config) if leaf.field.name == name and leaf.owner is not cls]
             near = [one for one in same if INDEX not in one.split(".")] or same
+            near = [one for one in near if one.count(".") == min(key.count(".") for key in near)]
         near = near or difflib.get_close_matches(key + rest, keys, n=1, cutoff=0.75)
         is_option = bool(rest) or reading.is_option(key)
         noun, dashes, place = ("option", "--", f"--{key}{rest}") if is_option else ("key", "", reading.place(key))

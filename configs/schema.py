@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from configs.adapters import AdapterConfig
+from configs.faults import FaultConfig
 from configs.fields import fixed
 
 
@@ -297,16 +298,6 @@ class EvalConfig:
     """Steps between evaluations; the first and the last step are always evaluated. 0 turns evaluation off."""
     max_sequences: int = 64
     """Held-out sequences an evaluation reads; 0 reads all."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FaultConfig:
-    """What happens when a rank stops answering."""
-
-    first_step_timeout_s: int = 1800
-    """Seconds a collective may take until the first step is done (start-up, compilation)."""
-    step_timeout_s: int = 300
-    """Seconds a collective may take after that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ checkpoints.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,22 @@ from engine.data.members import MemberBatches
 from engine.data.prepare import prepare_from_config
 from engine.data.store import TokenStore
 from engine.data.tokenizer import Tokenizer
+from engine.fault.attempts import Start
+from engine.fault.care import take_care
+from engine.fault.stop import StopRequests
 from engine.files import hash_file
 from engine.folder import RunFolder
 from engine.loss import chunk_cross_entropy, compiled_chunk_loss, next_token
 from engine.memory import check_memory, choose_base
-from engine.metrics import Metrics, Sink, yardstick
-from engine.metrics_log import JsonLines, TensorBoard, truncate_after
 from engine.optim import build_optimizer
-from engine.peaks import choose_peak, describe_peak, measured_gemm_tflops
+from engine.peaks import measured_gemm_tflops
 from engine.pipelined import pipelined
 from engine.progress import ProgressDisplay
+from engine.run import Run
 from engine.step import Forward, ForwardBackward, direct
 from engine.trained import trained_table
 from engine.weights import starting_weights
-from models.adapters import trained_shapes
 from models.flops import num_params
-from models.peft_config import adapter_of
 from parallel.apply import attention_backend, build_model
 from parallel.float8 import check_float8
 from parallel.fsdp import DTYPES
@@ -48,89 +48,20 @@ from parallel.materialise import Fill
 from parallel.mesh import Layout, build_layout
 
 
-@dataclass(slots=True)
-class Run:
-    """Everything that a run is made of, on this rank."""
-
-    config: Config
-    layout: Layout
-    folder: RunFolder
-    data: Batches | MemberBatches
-    heldout: Callable[[], Iterable[Batch]]
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    forward: Forward
-    forward_backward: ForwardBackward
-    checkpointer: Checkpointer
-    progress: ProgressDisplay | None
-    """What a person sees; on rank 0 only."""
-    base: str = ""
-    """Identity of a frozen base; empty where all is trained."""
-    step: int = 0
-    """Steps done."""
-    first_step: int = 0
-    """Steps that were done when this start of the run began."""
-    num_tokens: int = 0
-    """Targets seen, as of the last logged step."""
-    tokens_of_members: list[int] = field(default_factory=list)
-    """The same of each member of adapter.members."""
-    gemm_tflops: float = 0.0
-    metrics: Metrics | None = field(default=None)
-
-    def start_metrics(self) -> Metrics:
-        """Start the clocks, right before the first step; opens the logs on rank 0."""
-        if self.metrics is None:
-            config, device = self.config, self.layout.device
-            peak = choose_peak(config.metrics.peak_tflops, device, DTYPES[config.precision.compute], self.gemm_tflops)
-            adapter, ranks = config.adapter, self.layout.world_size
-            # A token passes through one member's part only.
-            alone = [adapter_of(adapter, member) for member in adapter.members] or [adapter]
-            trained = [trained_shapes(config.model, one) for one in alone if one.kind != "none"]
-            seq_len = config.data.seq_len
-            positions = len(alone) * config.data.global_batch_size * seq_len
-            yard = yardstick(config.model, seq_len, positions, ranks, peak, self.gemm_tflops, trained)
-            if self.progress is not None:
-                self.progress.say(describe_peak(peak, self.gemm_tflops))
-            sinks = self._sinks() if self.layout.rank == 0 else ()
-            self.metrics = Metrics(yard, device, step=self.step, num_tokens=self.num_tokens, sinks=sinks)
-        return self.metrics
-
-    def restore(self, found: Found) -> None:
-        """Stand where a proved checkpoint stood."""
-        self.checkpointer.load(found, self.model, self.optimizer)
-        self.step = self.first_step = found.step
-        self.num_tokens = int(found.meta["num_tokens"])
-        self.tokens_of_members = [found.meta["num_tokens_of"][one.name] for one in self.config.adapter.members]
-
-    def close(self) -> None:
-        """Finish what is being written; in this order, since the checkpoint's group needs the run's."""
-        try:
-            self.checkpointer.close()
-        finally:
-            if self.metrics is not None:
-                self.metrics.close()
-            self.folder.release()
-
-    def _sinks(self) -> tuple[Sink, ...]:
-        # What starts over writes its evaluation of step 0 again.
-        last_kept = self.step or -1
-        truncate_after(self.folder.metrics, last_kept)
-        lines = JsonLines(self.folder.metrics)
-        if not self.config.metrics.tensorboard:
-            return (lines,)
-        return (lines, TensorBoard(self.folder.tensorboard, last_kept))
-
-
 def build_run(
-    config: Config, given: str, device: torch.device, ranks_on_node: int, progress: ProgressDisplay | None
+    config: Config,
+    given: str,
+    device: torch.device,
+    ranks_on_node: int,
+    progress: ProgressDisplay | None,
+    start: Start | None = None,
+    requests: StopRequests | None = None,
 ) -> Run:
-    """Build a run from a resolved config and the text it was `given` as; torch.distributed is initialised."""
-    check_compiler(config.compile, device)
-    check_float8(config, device)
-    attention_backend(config, device)
-    _check_device(config, device)
-    config = choose_base(config, device, ranks_on_node)
-    check_memory(config, device, ranks_on_node)
+    """Build a run from a resolved config and the text it was `given` as; torch.distributed is initialised.
+
+    `start` is what the launcher knows of this start, and `requests` where it notes who asks the run to stop.
+    """
+    config = _checked_for_device(config, device, ranks_on_node)
     layout = build_layout(config.parallel, device)
     say = progress.say if progress is not None else _silent
     folder = RunFolder(config.run)
@@ -140,20 +71,17 @@ def build_run(
         _prove_tokenizers(config)
     # The others wait here for the folder and the stores; what rank 0 can't do ends the run for all of them.
     dist.barrier()
-    data = _open_batches(config, training=True)
-    heldout = _heldout(config, layout)
+    data, heldout = _open_batches(config, training=True), _heldout(config, layout)
     _check_vocabulary(config, data)
     say(f"{config.run.name}: {num_params(config.model):,} parameters, {_layout_text(layout)}, writing to {folder.path}")
-    checkpointer = Checkpointer(folder.checkpoints, config.checkpoint, timeout_s=config.fault.first_step_timeout_s)
+    care = take_care(config, layout, folder, start or Start(), requests or StopRequests(), say)
+    patience_s = config.fault.first_step_timeout_s
+    checkpointer = Checkpointer(folder.checkpoints, config.checkpoint, timeout_s=patience_s, at=care.injector.at_stage)
     found = _find_continued(checkpointer, config, data, say)
     base = base_identity(config, checkpointer.ranks)
     if found is not None:
         check_base(found.meta, base, str(found.path))
-    model = build_model(config, layout, _fill(config, found))
-    if config.adapter.kind != "none":
-        say("\n".join(trained_table(config)))
-    ratio, members = config.adapter.lora_plus_ratio, config.adapter.members
-    optimizer = build_optimizer(model, config.optim, ratio, members, stage=config.parallel.pp > 1)
+    model, optimizer = _build_trained(config, layout, found, say)
     forward, forward_backward = build_passes(config, layout, model)
     run = Run(
         config=config,
@@ -164,21 +92,59 @@ def build_run(
         model=model,
         optimizer=optimizer,
         forward=forward,
-        forward_backward=forward_backward,
+        forward_backward=care.injector.around(forward_backward),
         checkpointer=checkpointer,
+        care=care,
         progress=progress,
         base=base,
         tokens_of_members=[0] * len(config.adapter.members),
     )
     if found is not None:
         run.restore(found)
-        say(f"continuing from {found.path}")
+    _begin_attempt(run, found)
     if layout.rank == 0:
         folder.write_configs(given, config)
     dist.barrier()
     # On all ranks at once: ranks that share a machine share its rate.
     run.gemm_tflops = measured_gemm_tflops(device, DTYPES[config.precision.compute])
     return run
+
+
+def _checked_for_device(config: Config, device: torch.device, ranks_on_node: int) -> Config:
+    """Refuse what this device can't do or hold; return the config with what the device decides."""
+    check_compiler(config.compile, device)
+    check_float8(config, device)
+    attention_backend(config, device)
+    _check_device(config, device)
+    config = choose_base(config, device, ranks_on_node)
+    check_memory(config, device, ranks_on_node)
+    return config
+
+
+def _build_trained(
+    config: Config, layout: Layout, found: Found | None, say: Callable[[str], None]
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Build the model, filled or to be filled from a checkpoint, and the optimizer of what is trained of it."""
+    model = build_model(config, layout, _fill(config, found))
+    adapter = config.adapter
+    if adapter.kind != "none":
+        say("\n".join(trained_table(config)))
+    stage = config.parallel.pp > 1
+    return model, build_optimizer(model, config.optim, adapter.lora_plus_ratio, adapter.members, stage=stage)
+
+
+def _begin_attempt(run: Run, found: Found | None) -> None:
+    """Write this start of the run down, unless starts like it have led nowhere, and say from where it goes on."""
+    attempts = run.care.attempts
+
+    def begin() -> int:
+        assert attempts is not None, "rank 0 keeps the history"
+        attempts.refuse_fruitless(run.step, run.config.fault.max_fruitless_starts)
+        return attempts.begin(run.step, run.productive_s)
+
+    lost = run.checkpointer.ranks.lead(begin)
+    if found is not None and run.progress is not None and attempts is not None:
+        run.progress.say(f"continuing from {found.path}\nstart {attempts.number} of this run, {lost} steps lost")
 
 
 def _open_batches(config: Config, training: bool) -> Batches | MemberBatches:

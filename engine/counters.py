@@ -87,8 +87,7 @@ class Reading:
 
 def read_step(result: StepResult, counters: Counters, lrs: Sequence[float], layout: Layout) -> Reading:
     """Read the device, once; every rank calls it. `lrs` are the learning rates of the members."""
-    loss_sum = layout.sum_over_losses(result.loss_sum.double().clone())
-    count = result.num_tokens.double()
+    loss_sum, count = result.loss_sum, result.num_tokens.double()
     sums = torch.stack(
         [loss_sum / count.clamp(min=1), result.grad_norm.double().to(count.device), count,
          counters.num_tokens.double(), counters.non_finite.double(), counters.empty.double()]

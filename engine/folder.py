@@ -2,6 +2,8 @@
 
     runs/NAME/config.toml  config.resolved.json  metrics.jsonl  tensorboard/  checkpoints/  adapter/
     runs/NAME/logs/rank-00000.log
+    runs/NAME/faults.jsonl  attempts.jsonl  progress.json
+    runs/NAME/stop          whoever makes this file has the run save and stop
 
 One process at a time owns a run folder: a second run of the same name would otherwise write into the first one's.
 """
@@ -34,6 +36,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.logs = self.path / "logs"
+        self.faults = self.path / "faults.jsonl"
+        self.stop = self.path / "stop"
         self._lock: IO[str] | None = None
 
     def claim(self) -> None:

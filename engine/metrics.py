@@ -86,6 +86,8 @@ class StepRecord:
     memory_gib: float
     """Peak since the process started."""
     memory_kind: MemoryKind
+    goodput: float
+    """Productive time over the time of all starts of the run, so far."""
     cp_imbalance: float
     """Attention's work of the busiest rank of cp over the mean, in this step; 1 where all have the same."""
     peak_tflops: float
@@ -174,6 +176,8 @@ class RankCosts:
     gemm_share: float
     """Of the last logged step."""
     cp_imbalance: float = 1.0
+    goodput: float = 0.0
+    """Known to rank 0 only."""
 
 
 class Sink(Protocol):
@@ -211,6 +215,7 @@ class Metrics:
         self._gemm_share = 0.0
         self.waiting_for_data = self._throughput.waiting_for_data
         self.add_data_wait = self._throughput.add_data_wait
+        self.productive_s = self._throughput.productive_s
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
@@ -228,10 +233,10 @@ class Metrics:
                 sink.sync()
             yield
 
-    def rank_costs(self, step: int, cp_imbalance: float = 1.0) -> RankCosts:
+    def rank_costs(self, step: int, cp_imbalance: float = 1.0, goodput: float = 0.0) -> RankCosts:
         """Return this rank's own costs at a logged step, for the loop to take the largest over ranks."""
         data_wait_s = self._throughput.data_wait_per_step(step)
-        return RankCosts(data_wait_s, peak_memory_gib(self._device)[0], self._gemm_share, cp_imbalance)
+        return RankCosts(data_wait_s, peak_memory_gib(self._device)[0], self._gemm_share, cp_imbalance, goodput)
 
     def raise_gemm_rate(self, tflops: float) -> None:
         """Take a newly measured GEMM rate where it is above the known one, which something else had slowed then."""
@@ -281,6 +286,7 @@ class Metrics:
             wall_s=interval.wall_s,
             memory_gib=costs.memory_gib,
             memory_kind=peak_memory_gib(self._device)[1],
+            goodput=costs.goodput,
             cp_imbalance=costs.cp_imbalance,
             peak_tflops=yard.peak.tflops,
             peak_kind=yard.peak.kind,

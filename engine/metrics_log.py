@@ -31,6 +31,7 @@ _CHARTS = {
     "data_wait_s": "time/data_wait_s",
     "checkpoint_stall_s": "time/checkpoint_stall_s",
     "memory_gib": "memory/peak_gib",
+    "goodput": "speed/goodput",
     "cp_imbalance": "speed/cp_imbalance",
     "heldout_loss": "heldout/loss",
     "heldout_perplexity": "heldout/perplexity",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from engine.data.batches import Batch
+from engine.fault.guard import Guard
 from engine.loss import HeadLoss
 from engine.optim import set_lr
 from engine.optim.members import MemberOptimizer
@@ -38,7 +39,7 @@ class StepResult:
     """What a step leaves behind, on the device; each () or (members,)."""
 
     loss_sum: Tensor
-    """This rank's part of the loss, nats."""
+    """Sum over all targets, nats, float64."""
     num_tokens: Tensor
     """Targets of the step over all ranks, int64."""
     grad_norm: Tensor
@@ -55,12 +56,13 @@ def train_step(
     lr: float,
     max_grad_norm: float,
     layout: Layout,
+    guard: Guard,
 ) -> StepResult:
-    """Update the weights from the global batch of one step."""
+    """Update the weights from the global batch of one step, unless the guard judges it bad."""
     num_tokens = layout.sum_over_tokens(count_targets(microbatches))
-    loss_sum = forward_backward(microbatches, num_tokens)
+    loss_sum = layout.sum_over_losses(forward_backward(microbatches, num_tokens).double())
     grad_norm = clip_grad_norm(model, optimizer, max_grad_norm, layout)
-    skipped = (~torch.isfinite(grad_norm) | (num_tokens == 0)).to(torch.float32)
+    skipped = guard.judge(loss_sum, grad_norm, num_tokens)
     set_lr(optimizer, lr)
     # Read by the optimizer where its gradients lie, which under CPU offload is the host.
     optimizer.found_inf = skipped.to(grad_norm.device)  # pyright: ignore[reportAttributeAccessIssue]

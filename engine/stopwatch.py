@@ -30,7 +30,8 @@ class Throughput:
         """Start at `step` steps done and `num_tokens` target tokens seen."""
         self._clock = clock
         self._step, self._num_tokens = step, num_tokens
-        self._began = clock()
+        self._began = self._made = clock()
+        self._stalled_s = 0.0
         self._data_wait_s = self._excluded_s = self._checkpoint_stall_s = 0.0
 
     def add_data_wait(self, seconds: float) -> None:
@@ -66,7 +67,13 @@ class Throughput:
         try:
             yield
         finally:
-            self._checkpoint_stall_s += self._clock() - began
+            stall_s = self._clock() - began
+            self._checkpoint_stall_s += stall_s
+            self._stalled_s += stall_s
+
+    def productive_s(self) -> float:
+        """Seconds since it was made that steps and evaluations took: all but checkpoints' stalls."""
+        return self._clock() - self._made - self._stalled_s
 
     def lap(self, step: int, num_tokens: int) -> Interval:
         """Return what happened since the last lap and start the next one."""

@@ -19,62 +19,104 @@ from configs.errors import NonFiniteError, problem
 from configs.load import config_to_dict
 from configs.schema import Config
 from engine.adapter_folder import write_adapter
-from engine.build import Run
 from engine.counters import Counters, read_step, sick_members
 from engine.data.batches import Batch
 from engine.evaluate import HeldoutLoss, evaluate
 from engine.lr import lr_at
 from engine.metrics import MemberEval, RankCosts, StepRecord
 from engine.peaks import measured_gemm_tflops
+from engine.run import Run
 from engine.step import StepResult, part_of_rank, train_step
 from parallel.context import imbalance, work
 from parallel.fsdp import DTYPES
 from parallel.mesh import Layout
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
     """How a run ended, for whoever started it."""
 
     step: int
-    last: StepRecord | None
+    last: StepRecord | None = None
     """The last logged step of this start of the run."""
-    heldout: HeldoutLoss | None
+    heldout: HeldoutLoss | None = None
     """The last evaluation of this start of the run."""
+    stopped_by: int = 0
+    """What asked the run to stop (engine/fault/stop.py); 0 where nothing did."""
 
 
 def train(run: Run) -> Outcome:
-    """Take the run from where it stands to its last step; every rank calls it."""
-    config = run.config
+    """Take the run from where it stands to its last step, or to where it was asked to stop; every rank calls it."""
+    care, outcome = run.care, Outcome(run.step)
+    care.sentinel.start()
+    with _collected_at_fixed_steps(), care.requests.heeded():
+        outcome.stopped_by = care.agreement.now()
+        if run.step == 0 and run.config.eval.every_steps and not outcome.stopped_by:
+            outcome.heldout = _evaluate(run, 0)
+        going = not outcome.stopped_by
+        while going:
+            going = _train_steps(run, outcome)
+        with run.start_metrics().checkpointing():
+            run.checkpointer.wait()
+    outcome.step = run.step
+    if run.step == run.config.run.steps:
+        _write_adapter(run)
+    return outcome
+
+
+def _train_steps(run: Run, outcome: Outcome) -> bool:
+    """Train until the run is done or asked to stop; True where it has gone back and is to be called again."""
+    config, care, metrics = run.config, run.care, run.start_metrics()
     counters = Counters.starting_at(run.tokens_of_members or run.num_tokens, run.layout.device)
-    last: StepRecord | None = None
-    heldout = _evaluate(run, 0) if run.step == 0 and config.eval.every_steps else None
-    metrics = run.start_metrics()
-    with _collected_at_fixed_steps(), _batches(run) as batches:
+    with _batches(run) as batches:
         for step in range(run.step + 1, config.run.steps + 1):
+            care.injector.before_step(step)
+            care.heart.beat(step, "data")
             with metrics.waiting_for_data():
                 microbatches = next(batches)
+            care.heart.beat(step, "step")
             lr = lr_at(step - 1, config.lr, config.optim.lr, config.run.steps)
             max_norm = config.optim.max_grad_norm
-            result = train_step(run.model, run.optimizer, run.forward_backward, microbatches, lr, max_norm, run.layout)
+            result = train_step(
+                run.model, run.optimizer, run.forward_backward, microbatches, lr, max_norm, run.layout, care.guard
+            )
             run.step = step
             counters.add(result)
             if step == run.first_step + 1:
-                _shorten_timeouts(run)
+                _first_step_done(run)
+            _advance(run, step)
             if _due(step, config.metrics.every_steps, config) or step == 1:
-                last = _record(run, result, counters, lr, _cp_imbalance(run.layout, microbatches))
+                care.heart.beat(step, "record")
+                outcome.last = _record(run, result, counters, lr, _cp_imbalance(run.layout, microbatches))
             elif run.progress is not None:
                 run.progress.advance(step)
-            now = _evaluate(run, step) if _due(step, config.eval.every_steps, config) else None
-            heldout = now or heldout
-            if _due(step, config.checkpoint.every_steps, config, always_last=True):
+            now = None
+            if _due(step, config.eval.every_steps, config):
+                care.heart.beat(step, "evaluate")
+                now = outcome.heldout = _evaluate(run, step)
+            outcome.stopped_by = care.agreement.after_step()
+            if outcome.stopped_by or _due(step, config.checkpoint.every_steps, config, always_last=True):
+                care.heart.beat(step, "checkpoint")
                 _checkpoint(run, counters, now)
+            if outcome.stopped_by:
+                return False
             if step % config.metrics.gc_every_steps == 0:
                 gc.collect()
-    with metrics.checkpointing():
-        run.checkpointer.wait()
-    _write_adapter(run)
-    return Outcome(run.step, last, heldout)
+    return False
+
+
+def _advance(run: Run, step: int) -> None:
+    """Note how far the run has come, for whoever asks after it was killed."""
+    assert run.metrics is not None, "metrics start before the first step"
+    if run.care.attempts is not None:
+        run.care.attempts.advance(step, run.productive_s + run.metrics.productive_s())
+
+
+def _first_step_done(run: Run) -> None:
+    """Be less patient from here on, and say how long it took to get here."""
+    _shorten_timeouts(run)
+    if run.progress is not None and run.care.attempts is not None and run.first_step:
+        run.progress.say(f"first step done {run.care.attempts.wall_s():.1f} s after the start")
 
 
 def _write_adapter(run: Run) -> None:
@@ -144,7 +186,8 @@ def _record(run: Run, result: StepResult, counters: Counters, lr: float, cp_imba
     members, peak = run.config.adapter.members, run.config.optim.lr
     names = [member.name for member in members]
     read = read_step(result, counters, [lr * (one.lr or peak) / peak for one in members] or [lr], run.layout)
-    costs = run.metrics.rank_costs(run.step, cp_imbalance)
+    goodput = run.care.attempts.goodput() if run.care.attempts is not None else 0.0
+    costs = run.metrics.rank_costs(run.step, cp_imbalance, goodput)
     worst = RankCosts(*run.layout.max_over_ranks(list(astuple(costs))))
     if worst.gemm_share > 1:
         _measure_gemm_again(run)
@@ -216,6 +259,8 @@ def _checkpoint(run: Run, counters: Counters, heldout: HeldoutLoss | None) -> No
             "data": run.data.fingerprints,
             "tokenizer": run.data.tokenizer_hash,
             "versions": {"torch": torch.__version__},
+            "productive_s": run.productive_s + run.metrics.productive_s(),
+            **run.care.state(),
         }
         if run.base:
             meta["base"] = run.base

@@ -44,6 +44,10 @@ class Launch:
     """Host of rank 0."""
     master_port: int
     """Port on that host where the ranks meet; 0 for a single process, which meets nobody."""
+    restart_count: int = 0
+    """Times that torchrun or SLURM has started the ranks again by itself."""
+    job: str = ""
+    """SLURM's job id."""
 
     @property
     def is_one_node(self) -> bool:
@@ -138,6 +142,7 @@ def _from_torchrun(environment: Mapping[str, str]) -> Launch:
         why = "torchrun sets all six for every rank, and guessing one would hang the others"
         do = "Start with torchrun, or unset them for a single process."
         raise LayoutError(problem("environment", "", f"{there} set but {', '.join(missing)} not", why, do))
+    restarts = _integer(environment, "SLURM_RESTART_COUNT", default=0)
     return _checked(
         Launch(
             started_by="torchrun",
@@ -147,6 +152,8 @@ def _from_torchrun(environment: Mapping[str, str]) -> Launch:
             local_world_size=_integer(environment, "LOCAL_WORLD_SIZE"),
             master_addr=environment["MASTER_ADDR"],
             master_port=_integer(environment, "MASTER_PORT"),
+            restart_count=_integer(environment, "TORCHELASTIC_RESTART_COUNT", default=0) + restarts,
+            job=environment.get("SLURM_JOB_ID", ""),
         )
     )
 
@@ -176,6 +183,8 @@ def _from_slurm(environment: Mapping[str, str]) -> Launch:
             local_world_size=int(tasks.split("(")[0]),
             master_addr=environment.get("MASTER_ADDR") or first_host(nodes),
             master_port=_integer(environment, "MASTER_PORT", default=port_of(environment["SLURM_JOB_ID"], restarts)),
+            restart_count=restarts,
+            job=environment["SLURM_JOB_ID"],
         )
     )
 

@@ -19,10 +19,13 @@ from rich.console import Console
 
 from configs.errors import ConfigError, LayoutError, RankFailure, RunError, problem
 from configs.schema import Config
-from engine.build import Run, build_run
+from engine.build import build_run
+from engine.fault.attempts import Start
+from engine.fault.stop import StopRequests, reason_text
 from engine.folder import RunFolder
 from engine.progress import ProgressDisplay
-from engine.train import train
+from engine.run import Run
+from engine.train import Outcome, train
 from launchers.allocator import keep_freed_memory
 from launchers.env import Launch, compile_cache, environment_of, threads_per_rank, usable_cores
 
@@ -32,8 +35,11 @@ _LOST_PEER = re.compile(
 )
 
 
-def run_rank(config: Config, given: str, launch: Launch) -> None:
-    """Train as one of the ranks; `config` is resolved and `given` its text. Raises RunError for what users can mend."""
+def run_rank(config: Config, given: str, launch: Launch, requests: StopRequests, began: float) -> int:
+    """Train as one of the ranks; `config` is resolved and `given` its text. Raises RunError for what users can mend.
+
+    `began` is time.monotonic() when the process did. Returns what asked the run to stop, 0 where it is done.
+    """
     device = _device(config, launch)
     torch.set_num_threads(threads_per_rank(config.run.threads, launch.local_world_size, usable_cores()))
     if device.type == "cpu":
@@ -48,17 +54,40 @@ def run_rank(config: Config, given: str, launch: Launch) -> None:
         if config.compile.blocks or config.compile.loss:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = compile_cache(launch, os.environ)
         _start_process_group(config, device, launch)
-        run = build_run(config, given, device, launch.local_world_size, progress)
+        start = Start(
+            began=began,
+            started_by=launch.started_by,
+            restart_count=launch.restart_count,
+            job=launch.job,
+            world_size=launch.world_size,
+        )
+        run = build_run(config, given, device, launch.local_world_size, progress, start, requests)
         try:
             _log_to(run.folder, launch)
             outcome = train(run)
-        except BaseException:
+        except BaseException as error:
+            _end_attempt(run, f"error: {error}")
             _close_after_error(run)
             raise
+        _end_attempt(run, reason_text(outcome.stopped_by) if outcome.stopped_by else "done")
         run.close()
         if progress is not None:
-            progress.say(f"done: {outcome.step} steps, {run.folder.path}")
+            progress.say(_farewell(run, outcome))
     dist.destroy_process_group()
+    return outcome.stopped_by
+
+
+def _end_attempt(run: Run, reason: str) -> None:
+    if run.care.attempts is not None:
+        run.care.attempts.end(reason)
+
+
+def _farewell(run: Run, outcome: Outcome) -> str:
+    if outcome.step == run.config.run.steps:
+        return f"done: {outcome.step} steps, {run.folder.path}"
+    asked = reason_text(outcome.stopped_by)
+    kept = f"saved step {outcome.step}" if outcome.step else "nothing to save"
+    return f"stopped by {asked} after step {outcome.step} of {run.config.run.steps}: {kept}; the same command goes on"
 
 
 def _close_after_error(run: Run) -> None:

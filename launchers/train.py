@@ -7,19 +7,17 @@ the config is known to be sound, so that a wrong one is refused at once.
 """
 
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from types import FrameType
 
 from configs.check import missing_files, resolve
 from configs.cli import parse_command_line
 from configs.errors import ConfigError, RunError
 from configs.load import find_config
 from configs.schema import Config
+from engine.fault.stop import INTERRUPT, StopRequests
 from engine.folder import RunFolder
 from launchers.allocator import use_huge_pages
 from launchers.env import Launch, read_launch
@@ -31,8 +29,12 @@ TURN_S = 5.0
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line; return the exit code."""
+    began = time.monotonic()
     launch: Launch | None = None
-    with _noting_interrupts() as interrupted:
+    requests = StopRequests()
+    failed: RunError | None = None
+    stopped_by = 0
+    with requests.installed():
         try:
             launch = read_launch(os.environ)
             path, config = parse_command_line(list(argv), "launchers/train.py")
@@ -43,32 +45,19 @@ def main(argv: Sequence[str]) -> int:
             use_huge_pages(os.environ)
             from launchers.rank import run_rank  # imports torch
 
-            run_rank(config, find_config(path).read_text(), launch)
+            stopped_by = run_rank(config, find_config(path).read_text(), launch, requests, began)
         except RunError as error:
-            return INTERRUPTED if interrupted else _report(error, launch)
+            failed = error
         except BaseException:
-            if interrupted:
-                return INTERRUPTED
-            raise
-    return 0
-
-
-@contextmanager
-def _noting_interrupts() -> Iterator[list[int]]:
-    """Note each Ctrl-C: who catches every exception, as DCP does, hands it on as an error of another kind."""
-    noted: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        noted.append(signum)
-        raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # else it is ignored, as in the background of a script
-        signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
+            if not requests.interrupted:
+                raise
+    if requests.interrupted:
+        return INTERRUPTED
+    if failed is not None:
+        # A rank that torchrun has told to end leaves the word to the one that failed first.
+        return failed.exit_code if requests.code and launch and launch.rank else _report(failed, launch)
+    # A person who presses Ctrl-C wants what comes after the command to be left out; a scheduler wants to hear success.
+    return INTERRUPTED if stopped_by == INTERRUPT else 0
 
 
 def _as_needed_now(config: Config) -> Config:

@@ -19,6 +19,7 @@ from configs.load import config_from_dict
 from configs.schema import Config
 from engine.build import build_passes
 from engine.data.batches import IGNORE, Batch
+from engine.fault.guard import Guard
 from engine.lr import lr_at
 from engine.optim import build_optimizer
 from engine.step import part_of_rank, train_step
@@ -139,14 +140,15 @@ def train_here(
         heldout = replace(adapted_batch(99, documents, config), places=None)
         sums = [forward(batch) for batch in my_microbatches(heldout, layout, size)]
     found.heldout = layout.sum_over_losses(torch.stack(sums).sum().double()).item()
+    guard = Guard(config.fault, len(config.adapter.members), layout.device)
     for step in range(config.run.steps):
         batch = adapted_batch(0 if same_batch else step, documents, config)
         if step == all_ignored_at:
             batch.targets.fill_(IGNORE)
         batches = my_microbatches(batch, layout, size)
         lr = lr_at(step, config.lr, config.optim.lr, config.run.steps)
-        result = train_step(model, optimizer, spy, batches, lr, config.optim.max_grad_norm, layout)
-        loss = layout.sum_over_losses(result.loss_sum.double().clone()) / result.num_tokens
+        result = train_step(model, optimizer, spy, batches, lr, config.optim.max_grad_norm, layout, guard)
+        loss = result.loss_sum / result.num_tokens
         found.losses.append(loss.item())
         found.norms.append(result.grad_norm.item())
         found.skipped.append(result.skipped.item())

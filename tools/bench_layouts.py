@@ -60,6 +60,7 @@ def _work(config: Config, device_type: str, rank: int, world_size: int, meeting:
     from engine import step as engine_step
     from engine.build import build_passes
     from engine.data.batches import Batch
+    from engine.fault.guard import Guard
     from engine.optim import build_optimizer
     from engine.weights import starting_weights
     from parallel.apply import build_model
@@ -76,6 +77,7 @@ def _work(config: Config, device_type: str, rank: int, world_size: int, meeting:
     model = build_model(config, layout, starting_weights(config))
     optimizer = build_optimizer(model, config.optim)
     _, passes = build_passes(config, layout, model)
+    guard = Guard(config.fault, 0, device)
     inside = Timed()
     passes = inside.wrap(passes)
     optimizer.step = inside.wrap(optimizer.step)
@@ -98,9 +100,11 @@ def _work(config: Config, device_type: str, rank: int, world_size: int, meeting:
             dist.barrier()
             inside.seconds, begin = 0.0, time.perf_counter()
             optim = config.optim
-            result = engine_step.train_step(model, optimizer, passes, batches, optim.lr, optim.max_grad_norm, layout)
+            result = engine_step.train_step(
+                model, optimizer, passes, batches, optim.lr, optim.max_grad_norm, layout, guard
+            )
             before_wait = time.perf_counter()
-            loss = layout.sum_over_losses(result.loss_sum.double().clone()).item() / result.num_tokens.item()
+            loss = result.loss_sum.item() / result.num_tokens.item()
             seconds.append(time.perf_counter() - begin)
             own.append(before_wait - begin - inside.seconds)
             losses.append(loss)

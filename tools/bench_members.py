@@ -51,7 +51,14 @@ class Together(Ours):
         ]
         batches = [joined([part] * self._count) for part in parts]
         result = train_step(
-            self.model, self.optimizer, self.forward_backward, batches, optim.lr, optim.max_grad_norm, self.layout
+            self.model,
+            self.optimizer,
+            self.forward_backward,
+            batches,
+            optim.lr,
+            optim.max_grad_norm,
+            self.layout,
+            self.guard,
         )
         return (result.loss_sum / result.num_tokens)[0]
 

@@ -53,6 +53,7 @@ class Ours:
         import torch.distributed as dist
 
         from engine.build import build_passes
+        from engine.fault.guard import Guard
         from engine.optim import build_optimizer
         from engine.weights import starting_weights
         from parallel.apply import build_model
@@ -66,6 +67,7 @@ class Ours:
         adapter = config.adapter
         self.optimizer = build_optimizer(self.model, config.optim, adapter.lora_plus_ratio, adapter.members)
         _, self.forward_backward = build_passes(config, self.layout, self.model)
+        self.guard = Guard(config.fault, len(adapter.members), device)
 
     def step(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Train one step, in microbatches where the config asks for them."""
@@ -79,7 +81,14 @@ class Ours:
         ]
         optim = self.config.optim
         result = train_step(
-            self.model, self.optimizer, self.forward_backward, batches, optim.lr, optim.max_grad_norm, self.layout
+            self.model,
+            self.optimizer,
+            self.forward_backward,
+            batches,
+            optim.lr,
+            optim.max_grad_norm,
+            self.layout,
+            self.guard,
         )
         return result.loss_sum / result.num_tokens
 

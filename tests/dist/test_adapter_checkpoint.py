@@ -17,6 +17,7 @@ from engine.build import build_passes
 from engine.checkpoint.checkpointer import Checkpointer, open_checkpoint
 from engine.checkpoint.ranks import Ranks
 from engine.checkpoint.state import saved_tensors
+from engine.fault.guard import Guard
 from engine.lr import lr_at
 from engine.optim import build_optimizer
 from engine.saved_model import open_adapter
@@ -79,11 +80,13 @@ def go_on(config: Config, folder: Path, steps: int) -> tuple[list[float], bool]:
             reader = open_checkpoint(found.path)
             loaded = {name: whole(tensor) for name, tensor in saved_tensors(model, optimizer).items()}
             equal = all(torch.equal(tensor, reader.read(name)) for name, tensor in loaded.items())
+        guard = Guard(config.fault, 0, layout.device)
         for step in range(found.step if found is not None else 0, steps):
             batches = my_microbatches(adapted_batch(step, False, config), layout, config.data.micro_batch_size)
             lr = lr_at(step, config.lr, config.optim.lr, config.run.steps)
-            result = train_step(model, optimizer, forward_backward, batches, lr, config.optim.max_grad_norm, layout)
-            losses.append((layout.sum_over_losses(result.loss_sum.double().clone()) / result.num_tokens).item())
+            max_norm = config.optim.max_grad_norm
+            result = train_step(model, optimizer, forward_backward, batches, lr, max_norm, layout, guard)
+            losses.append((result.loss_sum / result.num_tokens).item())
         if found is None:
             checkpointer.save(steps, model, optimizer, {"config": config_to_dict(config)})
     return losses, equal

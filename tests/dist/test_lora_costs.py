@@ -17,6 +17,7 @@ from configs.check import resolve
 from configs.schema import CheckpointConfig, Config
 from engine.build import build_passes
 from engine.checkpoint.checkpointer import Checkpointer
+from engine.fault.guard import Guard
 from engine.loss import chunk_cross_entropy, next_token
 from engine.optim import build_optimizer
 from engine.step import train_step
@@ -203,7 +204,7 @@ def bytes_after_a_step(config: Config) -> tuple[int, int, int, int]:
     optimizer = build_optimizer(model, config.optim)
     _, forward_backward = build_passes(config, layout, model)
     batches = my_microbatches(adapted_batch(0, False, config), layout, 3)
-    train_step(model, optimizer, forward_backward, batches, 1e-3, 1.0, layout)
+    train_step(model, optimizer, forward_backward, batches, 1e-3, 1.0, layout, Guard(config.fault, 0, layout.device))
     del batches
     free_gathered(model)
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -261,10 +262,11 @@ def weights_before_and_after(config: Config, folder: str) -> dict[str, bool]:
     optimizer = build_optimizer(model, config.optim)
     before = {name: local_part(p)[0].clone() for name, p in model.named_parameters()}
     _, forward_backward = build_passes(config, layout, model)
+    guard = Guard(config.fault, 0, layout.device)
     with Checkpointer(Path(folder), CheckpointConfig()) as checkpointer:
         for step in range(3):
             batches = my_microbatches(adapted_batch(step, False, config), layout, 3)
-            train_step(model, optimizer, forward_backward, batches, 1e-2, 1.0, layout)
+            train_step(model, optimizer, forward_backward, batches, 1e-2, 1.0, layout, guard)
             checkpointer.save(step + 1, model, optimizer, {})
     free_gathered(model)
     after = {name: torch.equal(local_part(p)[0], before[name]) for name, p in model.named_parameters()}

@@ -19,6 +19,7 @@ from configs.schema import CheckpointConfig, Config
 from configs.targets import trained_parameters
 from engine.build import build_passes
 from engine.checkpoint.checkpointer import Checkpointer
+from engine.fault.guard import Guard
 from engine.optim import build_optimizer
 from engine.step import train_step
 from engine.weights import starting_weights
@@ -101,7 +102,8 @@ class Built:
     def step(self, number: int) -> None:
         size = self.config.data.micro_batch_size
         batches = my_microbatches(adapted_batch(number, False, self.config), self.layout, size)
-        train_step(self.model, self.optimizer, self.forward_backward, batches, 1e-2, 1.0, self.layout)
+        guard = Guard(self.config.fault, 0, self.layout.device)
+        train_step(self.model, self.optimizer, self.forward_backward, batches, 1e-2, 1.0, self.layout, guard)
 
 
 def trained_after_layout(config: Config) -> set[str]:

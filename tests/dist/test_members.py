@@ -20,6 +20,7 @@ from configs.schema import Config
 from engine.build import build_passes
 from engine.data.batches import IGNORE, Batch
 from engine.data.members import joined
+from engine.fault.guard import Guard
 from engine.lr import lr_at
 from engine.optim import build_optimizer
 from engine.step import train_step
@@ -139,12 +140,13 @@ def train_here(config: Config, names: Sequence[str], documents: bool, spoil: boo
         heldout = torch.stack([forward(batch) for batch in microbatches(-1)]).sum(dim=0).double()
     for name, loss in zip(names, layout.sum_over_losses(heldout).view(-1).tolist(), strict=True):
         found[name].heldout = loss
+    guard = Guard(config.fault, len(names), layout.device)
     for step in range(config.run.steps):
         lr = lr_at(step, config.lr, config.optim.lr, config.run.steps)
         passes = spoiled if spoil and step == EMPTY_STEP else forward_backward
         max_norm = config.optim.max_grad_norm
-        result = train_step(model, optimizer, passes, microbatches(step), lr, max_norm, layout)
-        losses = layout.sum_over_losses(result.loss_sum.double().clone()) / result.num_tokens.clamp(min=1)
+        result = train_step(model, optimizer, passes, microbatches(step), lr, max_norm, layout, guard)
+        losses = result.loss_sum / result.num_tokens.clamp(min=1)
         read = torch.stack([losses, result.grad_norm.double(), result.skipped.double()]).view(3, -1)
         for name, (loss, norm, skipped) in zip(names, read.T.tolist(), strict=True):
             found[name].losses.append(loss)

@@ -37,6 +37,7 @@ RECORD = StepRecord(
     wall_s=25.91,
     memory_gib=2.104,
     memory_kind="rss",
+    goodput=0.9,
     cp_imbalance=1.0,
     peak_tflops=1.712,
     peak_kind="measured",

@@ -1,7 +1,6 @@
 """The command line's codes and words, in this process; whole runs are in tests/fault and tests/dist."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -113,23 +112,3 @@ def test_rank_0_speaks_at_once_and_the_others_in_turn(
     assert train._report(ConfigError(["one", "two"]), None) == 2
     assert capsys.readouterr().err == ("error: broken\nrank 4: error: broken\nrank 5: error: broken\nerror: one\ntwo\n")
     assert waited == [train.TURN_S, 2 * train.TURN_S]
-
-
-def test_ctrl_c_is_noted_and_goes_on_as_usual() -> None:
-    """Whole runs are interrupted in tests/fault/test_run_kill.py."""
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), train._noting_interrupts() as noted:
-        signal.raise_signal(signal.SIGINT)
-    assert noted == [signal.SIGINT]
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_an_ignored_ctrl_c_stays_ignored() -> None:
-    """As for a script's background job."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with train._noting_interrupts() as noted:
-            signal.raise_signal(signal.SIGINT)
-        assert noted == []
-    finally:
-        signal.signal(signal.SIGINT, before)
