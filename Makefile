@@ -4,13 +4,15 @@
 #   make quickstart        train a small Llama on real text and show what came out
 #   make lora-quickstart   adapt it by LoRA to questions and answers, export and merge the adapter
 #   make test              all tests                     (make test ARGS="-k ranks" for some)
+#   make test-slurm        jobs on a SLURM cluster of two nodes, started for it on this machine (Debian: slurm-wlm)
 #   make check             format, lint, types, imports  (make fix repairs what can be repaired)
+#   make rehearse          a small training under 30 faults and 50 kills (make rehearse ARGS="--ranks 4 --faults 10")
 #   make bench             tokens/s here and in transformers   (make bench ARGS=lora: LoRA here and in PEFT)
 #   make clean             remove .venv and caches; runs and data stay
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help quickstart lora-quickstart test check fix bench clean
+.PHONY: help quickstart lora-quickstart test test-slurm check fix rehearse bench clean
 
 # The first of these that is new enough; `make PYTHON=/path/to/python ...` decides otherwise.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
@@ -30,7 +32,10 @@ lora-quickstart: .venv/.core
 	@$(BIN)/python tools/lora_quickstart.py $(ARGS)
 
 test: .venv/.dev
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -m "not slurm" $(ARGS)
+
+test-slurm: .venv/.dev
+	@$(BIN)/python -m pytest tests/fault/slurm $(ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .
@@ -42,6 +47,9 @@ check: .venv/.dev
 fix: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+rehearse: .venv/.core
+	@$(BIN)/python tools/rehearse.py $(ARGS)
 
 bench: .venv/.bench
 	@$(BIN)/python tools/bench.py $(ARGS)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.check_adapter import adapter_problems
+from configs.check_inject import inject_place, inject_problems
 from configs.errors import ConfigError, problem
 from configs.fields import as_list, as_table, choices, default_of, default_value, divisors, listed, plain
 from configs.layout import head_dim, layout_problems
@@ -38,7 +39,7 @@ def resolve(config: Config, world_size: int) -> Config:
     """
     assert world_size >= 1, f"world_size = {world_size}: a run has at least one rank"
     problems = check(config)
-    problems += layout_problems(config, world_size)
+    problems += layout_problems(config, world_size) + inject_place(config, world_size)
     problems += refused(config) if not problems else []
     if problems:
         raise ConfigError(problems)
@@ -73,21 +74,27 @@ def missing_files(config: Config) -> list[str]:
         problems.append(problem("adapter.init_from", adapter, "no PEFT adapter there", do=do))
     schedule = config.parallel.schedule_csv
     if schedule and not Path(schedule).is_file():
-        problems.append(problem("parallel.schedule_csv", schedule, "no such file"))
+        problems.append(problem("parallel.schedule_csv", schedule, "no such file", do="Give a CSV file, or none."))
     for index, store in enumerate(config.data.stores):
         key = f"data.stores.{index}"
+        if (Path(store.path) / "manifest.json").exists():
+            continue
         if Path(store.path).exists():
+            do = "Give a folder that tools/prepare.py made, or a path where nothing is yet."
+            problems.append(problem(f"{key}.path", store.path, "is not a token store", "no manifest.json there", do))
             continue
         if not store.sources:
             do = f"Make it with tools/prepare.py, or set {key}.sources and a tokenizer."
             problems.append(problem(f"{key}.path", store.path, "no such token store", do=do))
         problems += [
-            problem(f"{key}.sources", source, "no such file or folder")
+            problem(f"{key}.sources", source, "no such file or folder", do="Give what is there to be read.")
             for source in store.sources
             if source not in BUILT_IN_SOURCES and not Path(source).exists()
         ]
         if store.tokenizer and not Path(store.tokenizer).is_file():
-            problems.append(problem(f"{key}.tokenizer", store.tokenizer, "no such file"))
+            problems.append(
+                problem(f"{key}.tokenizer", store.tokenizer, "no such file", do="Give a .model or tokenizer.json.")
+            )
     return problems
 
 
@@ -263,6 +270,17 @@ def _keeping(config: Config) -> Iterator[str]:
         yield problem("checkpoint.keep_every", keep, expected, why, do)
 
 
+def _bad_steps(config: Config) -> Iterator[str]:
+    fault = config.fault
+    if not fault.spike_threshold and fault.spike_window != default_value(fault, "spike_window"):
+        expected = "has no effect while fault.spike_threshold = 0"
+        yield problem("fault.spike_window", fault.spike_window, expected, do="Set fault.spike_threshold, or remove it.")
+    if config.adapter.members and fault.rollback_limit not in (0, default_value(fault, "rollback_limit")):
+        why = "its other members would lose steps for the one"
+        expected = "has no effect on a run of several members"
+        yield problem("fault.rollback_limit", fault.rollback_limit, expected, why, "Remove it.")
+
+
 _RULES = (
     out_of_range,
     _run_folder,
@@ -278,7 +296,9 @@ _RULES = (
     _lr_schedule,
     _precision,
     _keeping,
+    _bad_steps,
     adapter_problems,
+    inject_problems,
 )
 
 

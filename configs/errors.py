@@ -6,6 +6,7 @@
     +-- DataError                token stores, corpora, tokenizers
     +-- CheckpointError          saving, proving and loading state
     +-- NonFiniteError           the loss or a gradient is not a number
+    +-- ReplicaError             ranks that hold copies of something hold different ones
     +-- RankFailure              another rank is gone or silent
 
 It lives in the lowest room because every room raises. A message has five parts: where, got, expected, why, do.
@@ -46,6 +47,10 @@ class CheckpointError(RunError):
 
 class NonFiniteError(RunError):
     """The loss or a gradient became infinite or not a number."""
+
+
+class ReplicaError(RunError):
+    """What several ranks hold copies of is not the same on all of them."""
 
 
 class RankFailure(RunError):

@@ -35,9 +35,37 @@ InjectKind = Literal[
     "truncate_store",
 ]
 
+RANDOM_KINDS: tuple[str, ...] = (
+    "kill",
+    "kill_in_save",
+    "sigterm",
+    "sigusr1",
+    "sigusr2",
+    "sigint",
+    "stop_file",
+    "exception",
+    "out_of_memory",
+    "hang",
+    "freeze",
+    "straggle",
+    "flip_checkpoint",
+    "truncate_checkpoint",
+    "remove_checkpoint_file",
+    "swap_checkpoint_files",
+    "disk_full",
+    "read_only_disk",
+    "slow_disk",
+    "corrupt_batch",
+)
+"""The kinds after which a run, started again, still ends with the weights of an undisturbed one."""
+
 SaveStage = Literal[
     "before_shards", "in_shard", "between_shards", "before_manifest", "before_rename", "after_rename"
 ]  # fmt: skip
+
+
+LEADER_STAGES: tuple[SaveStage, ...] = ("before_manifest", "before_rename", "after_rename")
+"""Stages of a save that only rank 0 gets to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,13 +77,13 @@ class InjectConfig:
     rank: int = 0
     """Where it happens; -1 draws the rank by the seed."""
     step: int = 0
-    """The step in which it happens; 0 draws it by the seed."""
+    """The step in which it happens, or the first one after it that a start comes to; 0 draws it by the seed."""
     stage: SaveStage = "in_shard"
     """Where in a save kill_in_save strikes; from before_manifest on only rank 0 gets there."""
     seconds: float = 1.0
     """How long a straggler or a slow disk takes, each time."""
     steps: int = 1
-    """How many steps in a row nan_loss, nan_grad, spike and straggle last."""
+    """How many steps in a row nan_loss, nan_grad, spike and straggle last, and how many saves a bad disk fails."""
     repeat: bool = False
     """Let it happen again whenever the step comes again, as a fault of the program would."""
     seed: int = 0

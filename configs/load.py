@@ -261,13 +261,16 @@ def _read_toml(file: Path) -> dict[str, Any]:
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ConfigError(problem(str(file), "", f"can't be read: {error.strerror}")) from None
+        raise ConfigError(problem(str(file), "", f"can't be read: {error.strerror}", do="Give a TOML file.")) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(problem(str(file), "", f"is not UTF-8 text (byte {error.start})")) from None
+        text = f"is not UTF-8 text (byte {error.start})"
+        raise ConfigError(problem(str(file), "", text, do="Save it as UTF-8.")) from None
     try:
         return tomllib.loads(text)
     except ValueError as error:  # a number of 5,000 digits is none of tomllib's own errors
         _refuse_toml(file, text, str(error))
+    except RecursionError:
+        _refuse_toml(file, text, "brackets within brackets without end")
 
 
 def _refuse_toml(file: Path, text: str, message: str) -> NoReturn:
@@ -276,7 +279,7 @@ def _refuse_toml(file: Path, text: str, message: str) -> NoReturn:
     line = line or len(text.rstrip().splitlines())
     twice = "twice" in reason or "overwrite" in reason
     expected = "a key or section is given twice" if twice else f"not valid TOML: {reason[:1].lower()}{reason[1:]}"
-    raise ConfigError(problem(f"{file}:{line}", "", expected, do="Keep one." if twice else ""))
+    raise ConfigError(problem(f"{file}:{line}", "", expected, do="Keep one." if twice else "Correct that."))
 
 
 def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str], reading: _Reading) -> None:
@@ -314,7 +317,7 @@ def _parsed(text: str, kind: Any) -> Any:
     """Read VALUE as TOML where it is TOML, else as a bare word; a field of text takes digits as text."""
     try:
         document = tomllib.loads(f"value = {text}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None if text == "none" and has_none(kind) else text
     value = document["value"] if len(document) == 1 else text
     return text if kind is str and not isinstance(value, str) else value

@@ -94,6 +94,7 @@ RANGES = {
     "checkpoint.every_steps": _FROM_0,
     "checkpoint.keep_last": _FROM_1,
     "checkpoint.keep_every": _FROM_0,
+    "checkpoint.max_failures": _FROM_1,
     "metrics.every_steps": _FROM_1,
     "metrics.peak_tflops": _FROM_0,
     "metrics.gc_every_steps": _FROM_1,

@@ -15,27 +15,29 @@ import torch.distributed as dist
 from torch import nn
 
 from configs.check import curve_notice, resume_differences
-from configs.errors import ConfigError, DataError, problem
+from configs.errors import ConfigError, problem
 from configs.schema import Config
 from engine.base_identity import base_identity, check_base
 from engine.checkpoint.checkpointer import Checkpointer, Found
+from engine.checkpoint.manifest import list_steps
+from engine.checkpoint.storage import free_space
 from engine.compiler import check_compiler
 from engine.data.batches import Batch, Batches
 from engine.data.members import MemberBatches
 from engine.data.prepare import prepare_from_config
-from engine.data.store import TokenStore
-from engine.data.tokenizer import Tokenizer
 from engine.fault.attempts import Start
-from engine.fault.care import take_care
+from engine.fault.care import Care, take_care
+from engine.fault.heartbeat import Heart
+from engine.fault.record import FaultLog
 from engine.fault.stop import StopRequests
-from engine.files import hash_file
 from engine.folder import RunFolder
 from engine.loss import chunk_cross_entropy, compiled_chunk_loss, next_token
-from engine.memory import check_memory, choose_base
+from engine.memory import check_memory, choose_base, saved_bytes
 from engine.optim import build_optimizer
 from engine.peaks import measured_gemm_tflops
 from engine.pipelined import pipelined
 from engine.progress import ProgressDisplay
+from engine.proof import prove_inputs, prove_tokenizers
 from engine.run import Run
 from engine.step import Forward, ForwardBackward, direct
 from engine.trained import trained_table
@@ -56,33 +58,34 @@ def build_run(
     progress: ProgressDisplay | None,
     start: Start | None = None,
     requests: StopRequests | None = None,
+    tell: Callable[[str], None] | None = None,
+    heart: Heart | None = None,
 ) -> Run:
     """Build a run from a resolved config and the text it was `given` as; torch.distributed is initialised.
 
-    `start` is what the launcher knows of this start, and `requests` where it notes who asks the run to stop.
+    `start` is what the launcher knows of this start, `requests` where it notes who asks the run to stop, `tell`
+    takes what any rank has to say of faults, and `heart` where the rank says how far it is.
     """
     config = _checked_for_device(config, device, ranks_on_node)
     layout = build_layout(config.parallel, device)
     say = progress.say if progress is not None else _silent
     folder = RunFolder(config.run)
-    if layout.rank == 0:
-        folder.claim()
-        _prepare_stores(config, say)
-        _prove_tokenizers(config)
-    # The others wait here for the folder and the stores; what rank 0 can't do ends the run for all of them.
-    dist.barrier()
+    _claim(folder, config, layout, say)
     data, heldout = _open_batches(config, training=True), _heldout(config, layout)
     _check_vocabulary(config, data)
     say(f"{config.run.name}: {num_params(config.model):,} parameters, {_layout_text(layout)}, writing to {folder.path}")
-    care = take_care(config, layout, folder, start or Start(), requests or StopRequests(), say)
-    patience_s = config.fault.first_step_timeout_s
-    checkpointer = Checkpointer(folder.checkpoints, config.checkpoint, timeout_s=patience_s, at=care.injector.at_stage)
-    found = _find_continued(checkpointer, config, data, say)
+    care = take_care(
+        config, layout, folder, start or Start(), requests or StopRequests(), tell or say, heart or Heart(config.fault)
+    )
+    checkpointer = _open_checkpointer(config, folder, care)
+    found = _find_continued(checkpointer, config, data, care.log, say)
+    prove_inputs(config, checkpointer.ranks, folder.proved, care.log, say, resuming=found is not None)
     base = base_identity(config, checkpointer.ranks)
     if found is not None:
         check_base(found.meta, base, str(found.path))
     model, optimizer = _build_trained(config, layout, found, say)
     forward, forward_backward = build_passes(config, layout, model)
+    care.injector.meet(model, checkpointer, data)
     run = Run(
         config=config,
         layout=layout,
@@ -99,8 +102,7 @@ def build_run(
         base=base,
         tokens_of_members=[0] * len(config.adapter.members),
     )
-    if found is not None:
-        run.restore(found)
+    _continue_from(run, found, say)
     _begin_attempt(run, found)
     if layout.rank == 0:
         folder.write_configs(given, config)
@@ -108,6 +110,20 @@ def build_run(
     # On all ranks at once: ranks that share a machine share its rate.
     run.gemm_tflops = measured_gemm_tflops(device, DTYPES[config.precision.compute])
     return run
+
+
+def _open_checkpointer(config: Config, folder: RunFolder, care: Care) -> Checkpointer:
+    """Open the folder of checkpoints, and say when it has little room left."""
+    checkpointer = Checkpointer(
+        folder.checkpoints,
+        config.checkpoint,
+        timeout_s=config.fault.first_step_timeout_s,
+        at=care.injector.at_stage,
+        failed=care.save_failed,
+    )
+    if care.attempts is not None:
+        _warn_of_room(config, folder.checkpoints, care.log)
+    return checkpointer
 
 
 def _checked_for_device(config: Config, device: torch.device, ranks_on_node: int) -> Config:
@@ -131,6 +147,18 @@ def _build_trained(
         say("\n".join(trained_table(config)))
     stage = config.parallel.pp > 1
     return model, build_optimizer(model, config.optim, adapter.lora_plus_ratio, adapter.members, stage=stage)
+
+
+def _continue_from(run: Run, found: Found | None, say: Callable[[str], None]) -> None:
+    """Stand where the checkpoint stood, if there is one, with the roll backs that the folder knows of."""
+    ranks, rollbacks = run.checkpointer.ranks, run.care.rollbacks
+    if found is None:
+        ranks.lead(rollbacks.forget)
+        return
+    run.restore(found)
+    rollbacks.load(found.meta.get("rollbacks", []), ranks.lead(rollbacks.read))
+    if "guard" not in found.meta:
+        say(f"{found.path.name} is from before bad steps were remembered: their count starts anew")
 
 
 def _begin_attempt(run: Run, found: Found | None) -> None:
@@ -188,6 +216,16 @@ def _layout_text(layout: Layout) -> str:
     return f"{ranks} on {layout.device.type}" + (f" ({degrees})" if degrees else "")
 
 
+def _claim(folder: RunFolder, config: Config, layout: Layout, say: Callable[[str], None]) -> None:
+    """Hold the run's folder and have its stores ready; collective."""
+    if layout.rank == 0:
+        folder.claim()
+        _prepare_stores(config, say)
+        prove_tokenizers(config)
+    # The others wait here for the folder and the stores; what rank 0 can't do ends the run for all of them.
+    dist.barrier()
+
+
 def _prepare_stores(config: Config, say: Callable[[str], None]) -> None:
     for store in config.data.stores:
         if store.sources and not Path(store.path).exists():
@@ -196,31 +234,17 @@ def _prepare_stores(config: Config, say: Callable[[str], None]) -> None:
             say(f"prepared {store.path}")
 
 
-def _prove_tokenizers(config: Config) -> None:
-    """Refuse a store whose tokenizer was altered, or is not the one that the config names.
-
-    Token files are proved by size only, since reading terabytes takes hours; a tokenizer is small, and every checkpoint
-    takes a copy of it along.
-    """
-    for index, store in enumerate(config.data.stores):
-        opened = TokenStore.open(store.path)
-        for name, entry in opened.tokenizer.files.items():
-            if hash_file(opened.path / name) != entry.sha256:
-                why = "its sha256 is another than the store's manifest says"
-                text = problem(
-                    str(opened.path / name), "", "was altered", why, "Restore it, or prepare the store again."
-                )
-                raise DataError(text)
-        trained, tokens = store.train_tokenizer, opened.tokenizer.vocab_size
-        if trained and trained != tokens:
-            expected = f"{store.path} has a tokenizer of {tokens} tokens already"
-            do = f"Use {tokens}, another path, or remove the folder to prepare it again."
-            raise ConfigError(problem(f"data.stores.{index}.train_tokenizer", trained, expected, "", do))
-        named = Path(store.tokenizer)
-        if store.tokenizer and named.exists() and Tokenizer(named).sha256 != opened.tokenizer.sha256:
-            expected = f"{store.path} was made with another tokenizer"
-            do = f"Remove the setting, or the folder {store.path} to prepare it again."
-            raise ConfigError(problem(f"data.stores.{index}.tokenizer", store.tokenizer, expected, "", do))
+def _warn_of_room(config: Config, folder: Path, log: FaultLog) -> None:
+    """Say, while it is early, that the disk has no room for the checkpoints that are to be kept; on rank 0."""
+    there, kept = len(list_steps(folder)), config.checkpoint.keep_last
+    missing = max(1, kept + 1 - there)  # the oldest goes when the next one is written
+    needed, (free, _) = missing * saved_bytes(config), free_space(folder)
+    if free < needed:
+        what = (
+            f"{folder}: the disk has {free / 1e9:.3g} GB free, and {missing} more checkpoints take {needed / 1e9:.3g}"
+        )
+        do = "Free some space, lower checkpoint.keep_last, or put run.dir on a larger disk."
+        log.own("disk_space", what, "The run goes on; a save that finds no room writes nothing", do)
 
 
 def _heldout(config: Config, layout: Layout) -> Callable[[], Iterable[Batch]]:
@@ -249,7 +273,11 @@ def _check_vocabulary(config: Config, data: Batches | MemberBatches) -> None:
 
 
 def _find_continued(
-    checkpointer: Checkpointer, config: Config, data: Batches | MemberBatches, say: Callable[[str], None]
+    checkpointer: Checkpointer,
+    config: Config,
+    data: Batches | MemberBatches,
+    log: FaultLog,
+    say: Callable[[str], None],
 ) -> Found | None:
     """Find the newest good checkpoint of the folder; refuse a config that doesn't continue it."""
     found = checkpointer.find_latest()
@@ -257,6 +285,10 @@ def _find_continued(
         return None
     for text in found.refused:
         say(f"refused {text}")
+        if log.rank == 0:
+            log.own(
+                "checkpoint_refused", text, f"went on from {found.path.name}", file=str(found.path.parent), said=False
+            )
     saved = found.meta["config"]
     problems = resume_differences(saved, config) + _other_data(data, found)
     if problems:

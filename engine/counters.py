@@ -3,16 +3,15 @@
 A run of a single adapter, or of the whole model, is read as one of a single member without a name.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from engine.fault.guard import Guard, Skipped
 from engine.metrics import MemberStep
 from engine.step import StepResult
-from parallel.mesh import Layout
 
 
 @dataclass(slots=True)
@@ -21,8 +20,6 @@ class Counters:
 
     num_tokens: Tensor
     """Targets since the run's first step, int64."""
-    non_finite: Tensor
-    """Steps that were not applied because a gradient was not finite."""
     empty: Tensor
     """Steps that had no target."""
 
@@ -30,14 +27,12 @@ class Counters:
     def starting_at(cls, num_tokens: int | list[int], device: torch.device) -> "Counters":
         """Start with the targets seen so far: of the run, or of each member."""
         seen = torch.tensor(num_tokens, device=device)
-        return cls(seen, torch.zeros(seen.shape, device=device), torch.zeros_like(seen))
+        return cls(seen, torch.zeros_like(seen))
 
     def add(self, result: StepResult) -> None:
         """Count a step."""
-        has_targets = result.num_tokens > 0
         self.num_tokens += result.num_tokens
-        self.non_finite += result.skipped * has_targets
-        self.empty += ~has_targets
+        self.empty += result.num_tokens == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +43,9 @@ class Reading:
     """Of each member, or the one there is."""
     counts: list[float]
     """Targets of this step."""
-    non_finite: list[float]
     empty: list[float]
+    skipped: list[Skipped]
+    """Bad steps since the last reading."""
 
     @property
     def loss(self) -> float:
@@ -66,45 +62,31 @@ class Reading:
         """Mean learning rate."""
         return sum(step.lr for step in self.steps) / len(self.steps)
 
-    def sick(self, names: Sequence[str]) -> str:
-        """Say whose loss or gradient is not finite, or was not since the last logged step; empty where all is well."""
-        each = zip(names or [""], self.steps, self.non_finite, strict=True)
-        return "; ".join(
-            f"{_whose(name)}loss {step.loss}, grad_norm {step.grad_norm}"
-            for name, step, bad in each
-            if bad or not math.isfinite(step.loss)
-        )
-
     def empty_steps(self, names: Sequence[str]) -> list[str]:
         """Say who had steps without a target."""
         each = zip(names or [""], self.empty, strict=True)
-        return [f"{_whose(name)}{int(steps)} steps" for name, steps in each if steps]
+        return [f"{whose(name)}{int(steps)} steps" for name, steps in each if steps]
 
     def _mean(self, values: list[float]) -> float:
         learned = [value for value, count in zip(values, self.counts, strict=True) if count] or [0.0]
         return sum(learned) / len(learned)
 
 
-def read_step(result: StepResult, counters: Counters, lrs: Sequence[float], layout: Layout) -> Reading:
+def read_step(result: StepResult, counters: Counters, lrs: Sequence[float], guard: Guard) -> Reading:
     """Read the device, once; every rank calls it. `lrs` are the learning rates of the members."""
     loss_sum, count = result.loss_sum, result.num_tokens.double()
     sums = torch.stack(
         [loss_sum / count.clamp(min=1), result.grad_norm.double().to(count.device), count,
-         counters.num_tokens.double(), counters.non_finite.double(), counters.empty.double()]
-    )  # fmt: skip
-    losses, norms, counts, num_tokens, non_finite, empty = sums.view(len(sums), -1).tolist()
+         counters.num_tokens.double(), counters.empty.double()]
+    ).view(5, -1)  # fmt: skip
+    losses, norms, counts, num_tokens, empty, *memory = torch.cat([sums, guard.memory]).tolist()
     steps = [
         MemberStep(loss=loss, grad_norm=norm, lr=lr, num_tokens=int(tokens))
         for loss, norm, lr, tokens in zip(losses, norms, lrs, num_tokens, strict=True)
     ]
-    return Reading(steps, counts, non_finite, empty)
+    return Reading(steps, counts, empty, guard.take(memory))
 
 
-def sick_members(counters: Counters, names: Sequence[str]) -> str:
-    """Say whose gradient was not finite since the last logged step; empty where all were. Waits for the device."""
-    each = zip(names or [""], counters.non_finite.view(-1).tolist(), strict=True)
-    return "; ".join(f"{_whose(name)}a gradient since the last logged step" for name, bad in each if bad)
-
-
-def _whose(name: str) -> str:
+def whose(name: str) -> str:
+    """Begin a sentence about a member; nothing where there is only one, without a name."""
     return f"member {name!r}: " if name else ""

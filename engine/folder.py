@@ -1,8 +1,10 @@
 """The folder of one run: what lies where, who may write, and the configs as given and as resolved.
 
     runs/NAME/config.toml  config.resolved.json  metrics.jsonl  tensorboard/  checkpoints/  adapter/
-    runs/NAME/logs/rank-00000.log
+    runs/NAME/logs/rank-00000.log   memory/rank-00000.json
     runs/NAME/faults.jsonl  attempts.jsonl  progress.json
+    runs/NAME/proved.json   inputs that were proved, so that the next start needn't
+    runs/NAME/rollbacks.json    which batches steps learn from after the run went back
     runs/NAME/stop          whoever makes this file has the run save and stop
 
 One process at a time owns a run folder: a second run of the same name would otherwise write into the first one's.
@@ -13,8 +15,8 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -29,6 +31,7 @@ class RunFolder:
     def __init__(self, run: RunConfig) -> None:
         """Name the paths; nothing is made yet."""
         self.path = Path(run.dir) / run.name
+        self._mode = 0o700 if run.private else 0o750
         self.config = self.path / "config.toml"
         self.resolved = self.path / "config.resolved.json"
         self.metrics = self.path / "metrics.jsonl"
@@ -37,13 +40,17 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.logs = self.path / "logs"
         self.faults = self.path / "faults.jsonl"
+        self.rollbacks = self.path / "rollbacks.json"
         self.stop = self.path / "stop"
+        self.proved = self.path / "proved.json"
         self._lock: IO[str] | None = None
 
     def claim(self) -> None:
         """Make the folder and hold it until this process ends, however it ends."""
         with _writing(self.path):
             self.logs.mkdir(parents=True, exist_ok=True)
+            with suppress(PermissionError):  # somebody else's folder, which this user may write all the same
+                self.path.chmod(self._mode)
             self._lock = (self.path / ".lock").open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,13 +84,24 @@ class RunFolder:
             _replace(self.config, given)
             _replace(self.resolved, json.dumps(config_to_dict(resolved), indent=2) + "\n")
 
-    def log_of(self, rank: int) -> logging.Handler:
-        """Open this rank's own log."""
+    def log_of(self, rank: int, redact: Callable[[str], str] = str) -> logging.Handler:
+        """Open this rank's own log; `redact` takes the secrets out of its lines."""
         with _writing(self.logs):
             self.logs.mkdir(parents=True, exist_ok=True)
             handler = logging.FileHandler(self.logs / f"rank-{rank:05d}.log")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_Redacted("%(asctime)s %(levelname)s %(message)s", redact))
         return handler
+
+
+class _Redacted(logging.Formatter):
+    """Lines of a log without secrets."""
+
+    def __init__(self, pattern: str, redact: Callable[[str], str]) -> None:
+        super().__init__(pattern)
+        self._redact = redact
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._redact(super().format(record))
 
 
 @contextmanager

@@ -44,12 +44,9 @@ def held_bytes(config: Config) -> Held:
     model, parallel = config.model, config.parallel
     size = DTYPES[config.precision.master].itemsize
     params, head = num_params(model), model.vocab_size * model.dim
-    hidden = num_matmul_params(model) - head
-    per_hidden, per_other = STATE_TENSORS[config.optim.kind]
-    moments = hidden * per_hidden + (params - hidden) * per_other
     copies = parallel.tp * parallel.pp
     ranks = parallel.dp_shard * parallel.cp * copies
-    lasting, gradients = (params + moments) * size // ranks, params * size // ranks
+    lasting, gradients = saved_bytes(config) // ranks, params * size // ranks
     if parallel.accumulate == "unsharded":
         return Held(lasting + gradients, params * size // copies)
     # The loss makes one whole gradient of the head, before a step's first gradients are there; the last stage may
@@ -57,6 +54,17 @@ def held_bytes(config: Config) -> Held:
     if parallel.pp == 1 and head * size // parallel.tp > gradients:
         return Held(lasting, head * size // parallel.tp)
     return Held(lasting + gradients, 0)
+
+
+def saved_bytes(config: Config) -> int:
+    """Count the bytes of a checkpoint of a resolved config: masters and optimizer state of what is trained."""
+    size = DTYPES[config.precision.master].itemsize
+    per_hidden, per_other = STATE_TENSORS[config.optim.kind]
+    if config.adapter.kind != "none":
+        return _trained_params(config) * (1 + per_other) * size
+    params, head = num_params(config.model), config.model.vocab_size * config.model.dim
+    hidden = num_matmul_params(config.model) - head
+    return (params + hidden * per_hidden + (params - hidden) * per_other) * size
 
 
 def frozen_bytes(config: Config) -> int:
@@ -92,15 +100,18 @@ def choose_base(config: Config, device: torch.device, ranks_on_node: int) -> Con
 
 
 def _held_beside_a_base(config: Config) -> Held:
-    parallel, per_other = config.parallel, STATE_TENSORS[config.optim.kind][1]
-    size = DTYPES[config.precision.master].itemsize
+    parallel = config.parallel
     copies = parallel.tp * parallel.pp
     shards = parallel.dp_shard * parallel.cp
-    trained = sum(prod(shape) for shape in trained_shapes(config.model, config.adapter).values()) * size
-    lasting = trained * (1 + per_other) // (copies * shards)
+    trained = _trained_params(config) * DTYPES[config.precision.master].itemsize
+    lasting = saved_bytes(config) // (copies * shards)
     frozen = frozen_bytes(config) // (copies * (1 if config.adapter.base == "replicated" else shards))
     gradients = trained // (copies if parallel.accumulate == "unsharded" else copies * shards)
     return Held(lasting + frozen, gradients)
+
+
+def _trained_params(config: Config) -> int:
+    return sum(prod(shape) for shape in trained_shapes(config.model, config.adapter).values())
 
 
 def device_bytes(device: torch.device, ranks_on_node: int) -> int:

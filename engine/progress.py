@@ -160,7 +160,7 @@ class ProgressDisplay:
         """Seconds to the last step at the pace since the first shown step, evaluations and checkpoints included."""
         first = self._first
         left = self._steps - record.step
-        if first is None or record.step == first.step:
+        if first is None or record.step <= first.step:  # less where the run has gone back
             return left * record.step_time_s
         return left * (record.time - first.time) / (record.step - first.step)
 

@@ -47,7 +47,7 @@ class Run:
     step: int = 0
     """Steps done."""
     first_step: int = 0
-    """Steps that were done when this start of the run began."""
+    """Steps that were done when this start of the run began; -1 once it has gone back, and its start is behind it."""
     num_tokens: int = 0
     """Targets seen, as of the last logged step."""
     tokens_of_members: list[int] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Run:
             seq_len = config.data.seq_len
             positions = len(alone) * config.data.global_batch_size * seq_len
             yard = yardstick(config.model, seq_len, positions, ranks, peak, self.gemm_tflops, trained)
-            if self.progress is not None:
+            if self.progress is not None and self.first_step >= 0:
                 self.progress.say(describe_peak(peak, self.gemm_tflops))
             sinks = self._sinks() if self.layout.rank == 0 else ()
             self.metrics = Metrics(yard, device, step=self.step, num_tokens=self.num_tokens, sinks=sinks)
@@ -82,7 +82,15 @@ class Run:
         self.num_tokens = int(found.meta["num_tokens"])
         self.tokens_of_members = [found.meta["num_tokens_of"][one.name] for one in self.config.adapter.members]
         self.productive_s = found.meta["productive_s"]
-        self.care.load(found.meta)
+        self.care.load(found.meta, found.step)
+
+    def rewind(self, found: Found) -> None:
+        """Go back to a proved checkpoint in the middle of a start; what was recorded after it goes."""
+        if self.metrics is not None:
+            self.metrics.close()
+            self.metrics = None
+        self.restore(found)
+        self.first_step = -1
 
     def close(self) -> None:
         """Finish what is being written; in this order, since the checkpoint's group needs the run's."""

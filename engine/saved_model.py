@@ -1,8 +1,9 @@
 """A model's weights wherever they were saved: a run, one of its checkpoints, a Hugging Face folder, or one of PEFT's.
 
 For the tools that use a model in one process. What is opened has been proved: a checkpoint by its checksums, a folder
-by its headers, the base of an adapter by its identity. Tensors are read one at a time, by our names; the optimizer's
-are never touched. An adapter stays beside its base: the base is never changed, a merge is another stream of tensors.
+by its headers and the hashes that it may bring along, the base of an adapter by its identity. Tensors are read one at a
+time, by our names; the optimizer's are never touched. An adapter stays beside its base: the base is never changed, a
+merge is another stream of tensors.
 """
 
 import os
@@ -20,6 +21,7 @@ from configs.schema import Config, ModelConfig
 from configs.targets import projections
 from engine.base_identity import base_identity, check_base
 from engine.checkpoint.reader import CheckpointReader, open_checkpoint
+from engine.proof import check_weights
 from models.adapters import attach, trained_shapes
 from models.hf_weights import HfWeights, Reader, parameter_shapes
 from models.init import fill_local
@@ -248,6 +250,7 @@ def _open_hf(path: Path, step: int | None, best: bool) -> SavedModel:
     _refuse_steps(path, step, best, "Hugging Face")
     weights = HfWeights(path)
     weights.check()
+    check_weights(path)
     dtype = weights.read("norm.weight").dtype
     return SavedModel(str(path), weights.config, weights, dtype, find_tokenizer(path))
 
@@ -266,6 +269,7 @@ def _open_peft(path: Path, step: int | None, best: bool, base: Path | None) -> S
 def _beside(saved: SavedModel, folder: Path) -> SavedAdapter:
     """Open an adapter of PEFT's for a model."""
     weights = AdapterWeights(folder, saved.config)
+    check_weights(folder)
     weights.check(base=saved.reader)
     return SavedAdapter(str(folder), saved.config, weights.config, weights, tuple(weights.names()), saved.where)
 
@@ -284,7 +288,11 @@ def _read_checkpoint(path: Path, step: int | None, best: bool) -> tuple[Checkpoi
         do = "Give the run that it was exported from."
         raise CheckpointError(problem(str(path), "", "is a folder of PEFT's, and a run is needed here", do=do))
     checkpoint = open_checkpoint(path, step=step, best=best, weights_only=True)
-    run = config_from_dict(checkpoint.meta["config"], str(checkpoint.path))
+    described = checkpoint.meta.get("config")
+    if not isinstance(described, dict):
+        do = "Take a checkpoint that a run has made."
+        raise CheckpointError(problem(f"{checkpoint.path}: config", "", "is missing", do=do))
+    run = config_from_dict(described, str(checkpoint.path))
     for member in run.adapter.members:
         if not MEMBER_NAME.fullmatch(member.name):  # a folder will bear it
             raise CheckpointError(problem(f"{checkpoint.path}: member", member.name, "must be a plain name"))
@@ -293,7 +301,7 @@ def _read_checkpoint(path: Path, step: int | None, best: bool) -> tuple[Checkpoi
         stored.pop("lm_head.weight", None)
     if stored != trained_shapes(run.model, run.adapter):
         expected = "its tensors are not those of the model that its config describes"
-        raise CheckpointError(problem(str(checkpoint.path), "", expected))
+        raise CheckpointError(problem(str(checkpoint.path), "", expected, do="Take another step."))
     return checkpoint, run
 
 

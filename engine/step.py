@@ -1,7 +1,7 @@
 """The train step: count, forward and backward, clip, set the learning rate, update.
 
-Everything here stays on the device: a step that must not be applied (no target, or a gradient that is not finite) is a
-flag that the optimizer reads, so no step waits for the host. Losses are sums over the global count of targets.
+Everything here stays on the device: a step that must not be applied (no target, or judged bad: engine/fault/guard.py)
+is a flag that the optimizer reads, so no step waits for the host. Losses are sums over the global count of targets.
 
 Where several adapters are trained at once, counts, losses, norms and flags are vectors, an element for each, and one
 backward pass through the sum of their losses gives each the gradient that it would have alone: they share no trained
@@ -60,9 +60,11 @@ def train_step(
 ) -> StepResult:
     """Update the weights from the global batch of one step, unless the guard judges it bad."""
     num_tokens = layout.sum_over_tokens(count_targets(microbatches))
-    loss_sum = layout.sum_over_losses(forward_backward(microbatches, num_tokens).double())
+    own_loss_sum = forward_backward(microbatches, num_tokens).double()
+    own_finite = own_loss_sum.isfinite()
+    loss_sum = layout.sum_over_losses(own_loss_sum)
     grad_norm = clip_grad_norm(model, optimizer, max_grad_norm, layout)
-    skipped = guard.judge(loss_sum, grad_norm, num_tokens)
+    skipped = guard.judge(loss_sum, grad_norm, num_tokens, own_finite)
     set_lr(optimizer, lr)
     # Read by the optimizer where its gradients lie, which under CPU offload is the host.
     optimizer.found_inf = skipped.to(grad_norm.device)  # pyright: ignore[reportAttributeAccessIssue]

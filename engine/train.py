@@ -15,16 +15,19 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from configs.errors import NonFiniteError, problem
+from configs.errors import DataError, problem
 from configs.load import config_to_dict
 from configs.schema import Config
 from engine.adapter_folder import write_adapter
-from engine.counters import Counters, read_step, sick_members
+from engine.counters import Counters, read_step
 from engine.data.batches import Batch
 from engine.evaluate import HeldoutLoss, evaluate
+from engine.fault.record import Fault
+from engine.fault.stop import reason_text
 from engine.lr import lr_at
 from engine.metrics import MemberEval, RankCosts, StepRecord
 from engine.peaks import measured_gemm_tflops
+from engine.recovery import compare_replicas, go_back, tell_skipped
 from engine.run import Run
 from engine.step import StepResult, part_of_rank, train_step
 from parallel.context import imbalance, work
@@ -56,12 +59,26 @@ def train(run: Run) -> Outcome:
         going = not outcome.stopped_by
         while going:
             going = _train_steps(run, outcome)
+        care.heart.beat(run.step, "checkpoint")
         with run.start_metrics().checkpointing():
             run.checkpointer.wait()
     outcome.step = run.step
+    if outcome.stopped_by:
+        _conclude_stop(run, outcome.stopped_by)
     if run.step == run.config.run.steps:
         _write_adapter(run)
     return outcome
+
+
+def _conclude_stop(run: Run, code: int) -> None:
+    """Write down that the run was asked to stop; the file that asked has done its work."""
+    if run.layout.rank > 0:
+        return
+    did = f"all ranks saved step {run.step}" if run.step else "nothing was to be saved"
+    what, do = f"asked to stop by {reason_text(code)}", "The same command goes on"
+    run.care.log.take(Fault(kind="stop", what=what, did=did, do=do, step=run.step, attempt=run.care.log.attempt),
+                      said=False)  # fmt: skip
+    run.folder.stop.unlink(missing_ok=True)
 
 
 def _train_steps(run: Run, outcome: Outcome) -> bool:
@@ -70,8 +87,8 @@ def _train_steps(run: Run, outcome: Outcome) -> bool:
     counters = Counters.starting_at(run.tokens_of_members or run.num_tokens, run.layout.device)
     with _batches(run) as batches:
         for step in range(run.step + 1, config.run.steps + 1):
-            care.injector.before_step(step)
             care.heart.beat(step, "data")
+            care.injector.before_step(step)
             with metrics.waiting_for_data():
                 microbatches = next(batches)
             care.heart.beat(step, "step")
@@ -88,16 +105,21 @@ def _train_steps(run: Run, outcome: Outcome) -> bool:
             if _due(step, config.metrics.every_steps, config) or step == 1:
                 care.heart.beat(step, "record")
                 outcome.last = _record(run, result, counters, lr, _cp_imbalance(run.layout, microbatches))
+                care.stragglers.after_logged_step(step)
             elif run.progress is not None:
                 run.progress.advance(step)
+            _compare_if_due(run)
             now = None
-            if _due(step, config.eval.every_steps, config):
-                care.heart.beat(step, "evaluate")
+            if _due(step, config.eval.every_steps, config) and not care.guard.trips:
                 now = outcome.heldout = _evaluate(run, step)
             outcome.stopped_by = care.agreement.after_step()
             if outcome.stopped_by or _due(step, config.checkpoint.every_steps, config, always_last=True):
                 care.heart.beat(step, "checkpoint")
-                _checkpoint(run, counters, now)
+                must = bool(outcome.stopped_by) or step == config.run.steps
+                _checkpoint(run, counters, now, must=must)
+            if care.guard.trips:
+                go_back(run)
+                return True
             if outcome.stopped_by:
                 return False
             if step % config.metrics.gc_every_steps == 0:
@@ -142,7 +164,11 @@ def _batches(run: Run) -> Iterator[Iterator[list[Batch]]]:
 
     def read(step: int) -> list[Batch]:
         size = run.config.data.micro_batch_size
-        parts = run.data.microbatches(step, layout.dp_rank, layout.dp_size, size)
+        with _reading(run, step + 1):
+            batch_number = run.care.rollbacks.batch_of(step + 1)
+            parts = run.data.microbatches(batch_number, layout.dp_rank, layout.dp_size, size)
+            for batch in parts:
+                batch.check(run.config.model.vocab_size)
         return [part_of_rank(batch, layout).to(layout.device) for batch in parts]
 
     def ahead() -> Iterator[list[Batch]]:
@@ -155,6 +181,19 @@ def _batches(run: Run) -> Iterator[Iterator[list[Batch]]]:
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as reader:
         yield ahead()
+
+
+@contextmanager
+def _reading(run: Run, step: int) -> Iterator[None]:
+    """Say of which step the batch is that can't be read; it is read in a thread, ahead of the step."""
+    try:
+        yield
+    except (DataError, OSError) as error:
+        text = (
+            str(error) if isinstance(error, DataError) else problem(error.filename or "data", "", str(error.strerror))
+        )
+        run.care.log.own("bad_batch", text.rstrip("."), "the run ended before the step", step=step, said=False)
+        raise DataError(f"batch of step {step}: {text}") from error
 
 
 @contextmanager
@@ -181,11 +220,11 @@ def _cp_imbalance(layout: Layout, microbatches: Sequence[Batch]) -> float:
 
 
 def _record(run: Run, result: StepResult, counters: Counters, lr: float, cp_imbalance: float) -> StepRecord:
-    """Read the device, once, and write the record of a logged step; a sick run ends here."""
+    """Read the device, once, and write the record of a logged step."""
     assert run.metrics is not None, "metrics start before the first step"
     members, peak = run.config.adapter.members, run.config.optim.lr
     names = [member.name for member in members]
-    read = read_step(result, counters, [lr * (one.lr or peak) / peak for one in members] or [lr], run.layout)
+    read = read_step(result, counters, [lr * (one.lr or peak) / peak for one in members] or [lr], run.care.guard)
     goodput = run.care.attempts.goodput() if run.care.attempts is not None else 0.0
     costs = run.metrics.rank_costs(run.step, cp_imbalance, goodput)
     worst = RankCosts(*run.layout.max_over_ranks(list(astuple(costs))))
@@ -199,9 +238,7 @@ def _record(run: Run, result: StepResult, counters: Counters, lr: float, cp_imba
         run.progress.show(record)
         for steps in read.empty_steps(names):
             run.progress.say(f"{steps} up to step {run.step} had no target and changed nothing")
-    sick = read.sick(names)
-    if sick:
-        raise _sick(run.step, sick)
+    tell_skipped(run, read.skipped)
     counters.empty.zero_()
     return record
 
@@ -213,13 +250,11 @@ def _measure_gemm_again(run: Run) -> None:
         run.metrics.raise_gemm_rate(measured_gemm_tflops(run.layout.device, DTYPES[run.config.precision.compute]))
 
 
-def _sick(step: int, seen: str) -> NonFiniteError:
-    why = "the update was not applied; the newest checkpoint is from before it"
-    do = (
-        "The same command would come to the same step: lower optim.lr or lengthen lr.warmup_steps under another "
-        "--run.name, or look at the data of these steps."
-    )
-    return NonFiniteError(problem(f"step {step}: {seen}", "", "must be finite", why, do))
+def _heldout_batches(run: Run, step: int) -> Iterator[Batch]:
+    """Read the held-out batches; each of them is a sign of life."""
+    for batch in run.heldout():
+        run.care.heart.beat(step, "evaluate")
+        yield part_of_rank(batch, run.layout).to(run.layout.device)
 
 
 def _evaluate(run: Run, step: int) -> HeldoutLoss:
@@ -227,8 +262,7 @@ def _evaluate(run: Run, step: int) -> HeldoutLoss:
     metrics = run.metrics or run.start_metrics()
     begin = time.perf_counter()
     with metrics.excluded():
-        batches = (part_of_rank(batch, run.layout).to(run.layout.device) for batch in run.heldout())
-        found = evaluate(run.model, run.forward, batches, run.layout)
+        found = evaluate(run.model, run.forward, _heldout_batches(run, step), run.layout)
     took = time.perf_counter() - begin
     each = {
         member.name: MemberEval(heldout_loss=one.loss, bits_per_byte=one.bits_per_byte, heldout_tokens=one.num_tokens)
@@ -240,14 +274,20 @@ def _evaluate(run: Run, step: int) -> HeldoutLoss:
     return found
 
 
-def _checkpoint(run: Run, counters: Counters, heldout: HeldoutLoss | None) -> None:
-    """Save the state after this step; the step waits for the copy to the host only."""
+def _checkpoint(run: Run, counters: Counters, heldout: HeldoutLoss | None, *, must: bool) -> None:
+    """Save the state after this step; the step waits for the copy to the host only.
+
+    A save that fails is told and tried again when the next is due; one that `must` be ends the run. Where too many bad
+    steps have come in a row nothing is saved: the run goes back.
+    """
     assert run.metrics is not None, "metrics start before the first step"
     with run.metrics.checkpointing():
         names = [member.name for member in run.config.adapter.members]
-        sick = sick_members(counters, names)
-        if sick:
-            raise _sick(run.step, sick)
+        guard = run.care.guard
+        tell_skipped(run, guard.read())
+        if guard.trips:
+            return
+        compare_replicas(run)
         meta = {
             "step": run.step,
             "num_tokens": int(counters.num_tokens.sum()),
@@ -267,7 +307,16 @@ def _checkpoint(run: Run, counters: Counters, heldout: HeldoutLoss | None) -> No
         if names:
             meta["num_tokens_of"] = dict(zip(names, counters.num_tokens.tolist(), strict=True))
         loss = None if heldout is None else heldout.loss
-        run.checkpointer.save(run.step, run.model, run.optimizer, meta, run.data.tokenizer_folder, loss)
+        folder, first_bad = run.data.tokenizer_folder, guard.first_bad
+        run.checkpointer.save(run.step, run.model, run.optimizer, meta, folder, loss, must=must, keep_before=first_bad)
+
+
+def _compare_if_due(run: Run) -> None:
+    """Compare what several ranks hold, between checkpoints, which do so themselves."""
+    assert run.metrics is not None, "metrics start before the first step"
+    if _due(run.step, run.config.fault.replica_check_steps, run.config):
+        with run.metrics.checkpointing():
+            compare_replicas(run)
 
 
 def _shorten_timeouts(run: Run) -> None:

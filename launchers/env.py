@@ -48,6 +48,8 @@ class Launch:
     """Times that torchrun or SLURM has started the ranks again by itself."""
     job: str = ""
     """SLURM's job id."""
+    agent_store: bool = False
+    """Whoever started the ranks keeps the store where they meet; else rank 0 opens it."""
 
     @property
     def is_one_node(self) -> bool:
@@ -75,7 +77,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
 def environment_of(launch: Launch, environment: Mapping[str, str]) -> dict[str, str]:
     """Give the variables that torch.distributed should find: who and where, and loopback for a run on one node.
 
-    A network interface that the user chose stays.
+    What the user chose stays.
     """
     variables = {
         "RANK": str(launch.rank),
@@ -88,6 +90,9 @@ def environment_of(launch: Launch, environment: Mapping[str, str]) -> dict[str, 
     if launch.is_one_node and "GLOO_SOCKET_IFNAME" not in environment:
         # Otherwise gloo resolves the host's own name, which on laptops and in containers often leads nowhere.
         variables["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    if "TORCH_NCCL_DUMP_ON_TIMEOUT" not in environment:
+        # torch would write its flight recorder as a pickle below /tmp; the watchdog writes it as JSON.
+        variables["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
     return variables
 
 
@@ -154,6 +159,7 @@ def _from_torchrun(environment: Mapping[str, str]) -> Launch:
             master_port=_integer(environment, "MASTER_PORT"),
             restart_count=_integer(environment, "TORCHELASTIC_RESTART_COUNT", default=0) + restarts,
             job=environment.get("SLURM_JOB_ID", ""),
+            agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
     )
 

@@ -7,10 +7,12 @@ RunError, raised to launchers/train.py.
 import logging
 import os
 import re
+import socket
+import sys
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 
 import torch
@@ -21,13 +23,18 @@ from configs.errors import ConfigError, LayoutError, RankFailure, RunError, prob
 from configs.schema import Config
 from engine.build import build_run
 from engine.fault.attempts import Start
+from engine.fault.memory_snapshot import is_out_of_memory, tell_out_of_memory
+from engine.fault.record import Fault, FaultLog, append_fault
 from engine.fault.stop import StopRequests, reason_text
+from engine.fault.watch import watched
 from engine.folder import RunFolder
 from engine.progress import ProgressDisplay
 from engine.run import Run
 from engine.train import Outcome, train
 from launchers.allocator import keep_freed_memory
 from launchers.env import Launch, compile_cache, environment_of, threads_per_rank, usable_cores
+from launchers.redaction import redactor
+from launchers.rendezvous import meet
 
 # What gloo, NCCL and the rendezvous say when a peer is gone.
 _LOST_PEER = re.compile(
@@ -48,33 +55,50 @@ def run_rank(config: Config, given: str, launch: Launch, requests: StopRequests,
         _be_deterministic()
     console = Console() if launch.rank == 0 else None
     with (
-        _as_run_errors(launch),
+        _as_run_errors(launch, config, device),
         ProgressDisplay(console, config.run.steps) if console else nullcontext() as progress,
     ):
         if config.compile.blocks or config.compile.loss:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = compile_cache(launch, os.environ)
-        _start_process_group(config, device, launch)
-        start = Start(
-            began=began,
-            started_by=launch.started_by,
-            restart_count=launch.restart_count,
-            job=launch.job,
-            world_size=launch.world_size,
-        )
-        run = build_run(config, given, device, launch.local_world_size, progress, start, requests)
-        try:
-            _log_to(run.folder, launch)
-            outcome = train(run)
-        except BaseException as error:
-            _end_attempt(run, f"error: {error}")
-            _close_after_error(run)
-            raise
-        _end_attempt(run, reason_text(outcome.stopped_by) if outcome.stopped_by else "done")
-        run.close()
-        if progress is not None:
-            progress.say(_farewell(run, outcome))
+        stopped_by = _start_process_group(config, device, launch, requests)
+        if stopped_by:
+            return stopped_by
+        folder, under_torchrun = RunFolder(config.run).path, launch.started_by == "torchrun"
+        with watched(config.fault, folder, under_torchrun=under_torchrun) as heart:
+            start = Start(
+                began=began,
+                started_by=launch.started_by,
+                restart_count=launch.restart_count,
+                job=launch.job,
+                world_size=launch.world_size,
+                redact=redactor(os.environ),
+            )
+            tell = progress.say if progress is not None else _teller(launch)
+            run = build_run(config, given, device, launch.local_world_size, progress, start, requests, tell, heart)
+            try:
+                _log_to(run.folder, launch)
+                outcome = train(run)
+            except BaseException as error:
+                heart.beat(run.step, "end")
+                cause = _known(error, run, launch)
+                _end_attempt(run, f"error: {cause}")
+                _close_after_error(run)
+                raise cause  # noqa: B904 - the same, or raised from it
+            _end_attempt(run, reason_text(outcome.stopped_by) if outcome.stopped_by else "done")
+            run.close()
+            if progress is not None:
+                progress.say(_farewell(run, outcome))
     dist.destroy_process_group()
     return outcome.stopped_by
+
+
+def _teller(launch: Launch) -> Callable[[str], None]:
+    """Return what tells the user of a fault on this rank; the first rank has its display for it."""
+
+    def tell(text: str) -> None:
+        sys.stderr.write(f"rank {launch.rank}: {text}\n")
+
+    return tell
 
 
 def _end_attempt(run: Run, reason: str) -> None:
@@ -90,6 +114,21 @@ def _farewell(run: Run, outcome: Outcome) -> str:
     return f"stopped by {asked} after step {outcome.step} of {run.config.run.steps}: {kept}; the same command goes on"
 
 
+def _known(error: BaseException, run: Run, launch: Launch) -> BaseException:
+    """Return the error, or what memory's end is to a user; the snapshot is taken while the run still stands."""
+    if not is_out_of_memory(error):
+        lost = isinstance(error, RuntimeError) and _LOST_PEER.search(str(error))
+        if isinstance(error, Exception) and not isinstance(error, RunError) and not lost:
+            what, do = f"{type(error).__name__}: {error}", f"Read the traceback in {run.folder.logs}"
+            run.care.log.own("error", what, "the run ended", do, step=run.step, said=False)
+        return error
+    _log_error("".join(traceback.format_exception(error)))
+    ranks = launch.local_world_size
+    known = tell_out_of_memory(error, run.config, run.layout.device, ranks, run.care.log, run)
+    known.__cause__ = error
+    return known
+
+
 def _close_after_error(run: Run) -> None:
     """Close a run that ended early; what goes wrong now is a consequence, and must not hide its cause."""
     try:
@@ -99,29 +138,25 @@ def _close_after_error(run: Run) -> None:
 
 
 @contextmanager
-def _as_run_errors(launch: Launch) -> Iterator[None]:
+def _as_run_errors(launch: Launch, config: Config, device: torch.device) -> Iterator[None]:
     """Log every error in full; turn what the machine or another rank did to this one into a RunError."""
     try:
         yield
     except RunError as error:
         _log_error(str(error))
         raise
-    except OSError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         _log_error(traceback.format_exc())
-        if error.errno is None:
+        if is_out_of_memory(error):  # while the run was built
+            log = FaultLog(RunFolder(config.run).faults, launch.rank, lambda text: None, redact=redactor(os.environ))
+            raise tell_out_of_memory(error, config, device, launch.local_world_size, log, None) from error
+        if isinstance(error, RuntimeError) and launch.world_size > 1 and _LOST_PEER.search(str(error)):
+            raise RankFailure(_lost_peer(error, launch)) from error
+        if not isinstance(error, OSError) or error.errno is None:
             raise
         where = error.filename or f"rank {launch.rank} of {launch.world_size}"
         do = "The same command continues the run once that is mended."
         raise RunError(problem(str(where), "", error.strerror or str(error), do=do)) from error
-    except torch.OutOfMemoryError as error:
-        _log_error(traceback.format_exc())
-        do = "Lower data.micro_batch_size or objective.chunk_tokens, or shard over more ranks."
-        raise RunError(problem(f"rank {launch.rank} of {launch.world_size}", "", str(error), do=do)) from error
-    except RuntimeError as error:
-        _log_error(traceback.format_exc())
-        if launch.world_size > 1 and _LOST_PEER.search(str(error)):
-            raise RankFailure(_lost_peer(error, launch)) from error
-        raise
 
 
 def _lost_peer(error: RuntimeError, launch: Launch) -> str:
@@ -152,25 +187,37 @@ def _be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _start_process_group(config: Config, device: torch.device, launch: Launch) -> None:
-    """Meet the other ranks; a single process meets nobody and opens no port."""
+def _start_process_group(config: Config, device: torch.device, launch: Launch, requests: StopRequests) -> int:
+    """Meet the other ranks; a single process meets nobody and opens no port. Returns what asked to stop meanwhile."""
     timeout = timedelta(seconds=config.fault.first_step_timeout_s)
     # Checkpoints and counters of the host travel by gloo beside NCCL.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     os.environ.update(environment_of(launch, os.environ))
     if launch.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return
+        return 0
+
+    def record(what: str) -> None:
+        folder, host = RunFolder(config.run), socket.gethostname()
+        with suppress(OSError):
+            folder.path.mkdir(parents=True, exist_ok=True)
+        fault = Fault(kind="rendezvous", what=what, did="the run did not start", rank=launch.rank, host=host)
+        append_fault(folder.faults, fault, redactor(os.environ))
+
+    store, stopped_by = meet(launch, config.fault.rendezvous_timeout_s, requests, record)
+    if stopped_by:
+        return stopped_by
     device_id = device if device.type == "cuda" else None
     dist.init_process_group(
-        backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, device_id=device_id
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout, device_id=device_id
     )
+    return 0
 
 
 def _log_to(folder: RunFolder, launch: Launch) -> None:
     logging.raiseExceptions = False  # a full disk is said once, and not by each line of the log
     root = logging.getLogger()
-    root.addHandler(folder.log_of(launch.rank))
+    root.addHandler(folder.log_of(launch.rank, redactor(os.environ)))
     root.setLevel(logging.INFO)
     # A thread's error reaches the user through whoever waits for the thread.
     threading.excepthook = lambda args: _log_error(

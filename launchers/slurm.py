@@ -8,7 +8,6 @@ and requeueing behave in docs/slurm.md. Nothing here may know what a run compute
 """
 
 import argparse
-import contextlib
 import hashlib
 import os
 import re
@@ -16,7 +15,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,12 @@ from configs.check import missing_files, resolve
 from configs.errors import ConfigError, RankFailure, RunError, problem
 from configs.load import find_config, load_config
 from configs.schema import Config
+from launchers.exports import exported_names, job_environment
+from launchers.requeue import EARLY_S, Limits
 from launchers.slurm_job import SlurmJob
 
 TRAIN_SCRIPT = Path(__file__).parent / "train.py"
 CPUS_PER_RANK = 4
-# SLURM counts a job's time by the minute and may send the signal that much earlier than it was asked to.
-SIGNAL_EARLY_S = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +45,8 @@ class Submission:
     config_text: bytes
     config_copy: Path
     asks_for_gpus: bool
+    num_elements: int
+    """Elements of a job array, which go on with the run one after the other; 0 for a plain job."""
 
 
 class DrySlurmExecutor(submitit.SlurmExecutor):
@@ -56,8 +57,10 @@ class DrySlurmExecutor(submitit.SlurmExecutor):
         """Claim that SLURM is here; nothing is submitted."""
         return 2
 
-    def script_text(self) -> str:
+    def script_text(self, num_elements: int) -> str:
         """Give the sbatch script."""
+        if num_elements:
+            self.parameters["map_count"] = num_elements
         return self._make_submission_file_text(self._submitit_command_str, uid="")
 
 
@@ -100,10 +103,18 @@ def prepare(options: argparse.Namespace, overrides: Sequence[str], script: Path 
         ranks_per_node=options.gpus_per_node,
         tasks_per=options.tasks_per,
         folder=os.getcwd(),
-        requeue=options.requeue,
+        run_folder=str(folder.parent),
+        limits=Limits(
+            requeue=options.requeue,
+            max_requeues=options.max_requeues,
+            max_fruitless_starts=config.fault.max_fruitless_starts,
+            signal_from_s=options.time * 60 - options.signal_delay_s - 2 * EARLY_S,
+        ),
+        meeting_limit_s=config.fault.rendezvous_timeout_s,
         local=options.local,
     )
-    return Submission(job, options.job_name or config.run.name, folder, text, copy, wants_gpus(config))
+    name = options.job_name or config.run.name
+    return Submission(job, name, folder, text, copy, wants_gpus(config), num_elements(options.sbatch))
 
 
 def wants_gpus(config: Config) -> bool:
@@ -122,7 +133,7 @@ def option_problems(options: argparse.Namespace) -> list[str]:
     if options.local and options.nodes != 1:
         why = "the local executor is this machine"
         problems.append(problem("--nodes", options.nodes, "must be 1 with --local", why, "Use --gpus-per-node."))
-    if options.time * 60 <= options.signal_delay_s + SIGNAL_EARLY_S:
+    if options.time * 60 <= options.signal_delay_s + EARLY_S:
         why = "SLURM may send the signal a minute early, and the job would be queued again as soon as it starts"
         expected = f"must be more than --signal-delay-s = {options.signal_delay_s} s and a minute"
         problems.append(problem("--time", f"{options.time} minutes", expected, why))
@@ -131,7 +142,24 @@ def option_problems(options: argparse.Namespace) -> list[str]:
         for text in options.sbatch
         if not re.fullmatch(r"[a-z][a-z-]*=.+", text)
     ]
+    for text in options.sbatch:
+        if text.startswith("array=") and num_elements([text]) == 0:
+            why = "a run is one folder, which one job at a time may write"
+            do = "Submit runs of other names one by one."
+            problems.append(problem("--sbatch", text, "must be array=0-N%1: one element after the other", why, do))
+        if text.startswith("export="):
+            do = "Add variables by --export NAME."
+            problems.append(problem("--sbatch", text, "is not passed on", "a job gets variables on a list only", do))
+    problems += [
+        problem("--export", name, "is not set in this shell") for name in options.export if name not in os.environ
+    ]
     return problems
+
+
+def num_elements(sbatch: Sequence[str]) -> int:
+    """Count the elements of the job array that the options ask for; 0 without one."""
+    found = (re.fullmatch(r"array=0-(\d+)%1", text) for text in sbatch)
+    return next((int(match[1]) + 1 for match in found if match), 0)
 
 
 def sbatch_parameters(submission: Submission, options: argparse.Namespace) -> dict[str, Any]:
@@ -140,12 +168,13 @@ def sbatch_parameters(submission: Submission, options: argparse.Namespace) -> di
     # SLURM's default is one CPU a task: the ranks of a whole node would share it.
     cpus = options.cpus_per_task or CPUS_PER_RANK * options.gpus_per_node // tasks
     chosen = ("partition", "account", "constraint", "qos", "mem")
-    extra = dict(text.split("=", 1) for text in options.sbatch)
+    extra = dict(text.split("=", 1) for text in options.sbatch if not text.startswith("array="))
     return {
         **{name: getattr(options, name) for name in chosen if getattr(options, name)},
         **({"gpus_per_node": options.gpus_per_node} if submission.asks_for_gpus else {}),
         **({"exclusive": True} if options.exclusive else {}),
         **({"setup": options.setup} if options.setup else {}),
+        **({"array_parallelism": 1} if submission.num_elements else {}),
         "job_name": submission.name,
         "nodes": options.nodes,
         "ntasks_per_node": tasks,
@@ -155,7 +184,8 @@ def sbatch_parameters(submission: Submission, options: argparse.Namespace) -> di
         "stderr_to_stdout": True,
         # One rank's death ends the job at once (srun would wait for the others), and srun does not inherit the CPUs.
         "srun_args": ["--kill-on-bad-exit=1", "--wait=60", f"--cpus-per-task={cpus}"],
-        "additional_parameters": {"requeue" if options.requeue else "no-requeue": True} | extra,
+        # All that sbatch is given: the variables on the list of exports.py.
+        "additional_parameters": {"export": "ALL", "requeue" if options.requeue else "no-requeue": True} | extra,
     }
 
 
@@ -174,8 +204,9 @@ def dry_run_text(submission: Submission, options: argparse.Namespace) -> str:
     ranks = options.nodes * options.gpus_per_node
     return "\n".join(
         [
-            executor.script_text().rstrip(),
+            executor.script_text(submission.num_elements).rstrip(),
             "",
+            f"# variables of this shell that the job gets: {' '.join(exported_names(os.environ, options.export))}",
             f"# {ranks} ranks; in {submission.job.folder} each of the {executor._num_tasks()} tasks runs",
             f"#   {' '.join(words)}",
         ]
@@ -187,24 +218,27 @@ def submit(submission: Submission, options: argparse.Namespace) -> int:
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         do = "Run this on a login node of the cluster; --dry-run prints the job, --local runs it on this machine."
         raise RunError(problem("sbatch", "", "not found, so there is no SLURM to submit to", do=do))
-    make_private_folder(submission)
     executor = submitit.SlurmExecutor(submission.folder / "%j", options.max_requeues)
     executor.update_parameters(**sbatch_parameters(submission, options))
     try:
-        with _outside_any_job():
-            job = executor.submit(submission.job)
+        with job_environment(options.export):
+            make_private_folder(submission)
+            with executor.batch():  # several become an array
+                jobs = [executor.submit(submission.job) for _ in range(max(1, submission.num_elements))]
     except (FailedJobError, FailedSubmissionError) as error:
         reason = str(error).strip().splitlines()[-1]
         do = "See the whole job with --dry-run."
         raise RunError(problem("sbatch", "", f"refused the job: {reason.rstrip('.')}", do=do)) from None
-    print(f"submitted job {job.job_id} ({submission.name}, {options.nodes} x {options.gpus_per_node} ranks)")
-    print(f"  squeue -j {job.job_id}\n  tail -F {job.paths.stdout}\n  scancel {job.job_id}")
+    first = jobs[0]
+    number = first.job_id.split("_")[0]
+    chain = f", {len(jobs)} in a row" if submission.num_elements else ""
+    print(f"submitted job {number} ({submission.name}, {options.nodes} x {options.gpus_per_node} ranks{chain})")
+    print(f"  squeue -j {number}\n  tail -F {first.paths.stdout}\n  scancel {number}")
     return 0
 
 
 def run_locally(submission: Submission, options: argparse.Namespace) -> int:
     """Run the job on this machine, show its log and give its exit code."""
-    make_private_folder(submission)
     executor = submitit.LocalExecutor(submission.folder / "%j", options.max_requeues)
     executor.update_parameters(
         timeout_min=options.time,
@@ -214,7 +248,8 @@ def run_locally(submission: Submission, options: argparse.Namespace) -> int:
         stderr_to_stdout=True,
         setup=options.setup,
     )
-    with _outside_any_job():
+    with job_environment(options.export):
+        make_private_folder(submission)
         job = executor.submit(submission.job)
     print(f"log: {job.paths.stdout}", flush=True)
     try:
@@ -237,16 +272,6 @@ def make_private_folder(submission: Submission) -> None:
     partial = submission.config_copy.with_suffix(".partial")
     partial.write_bytes(submission.config_text)
     os.replace(partial, submission.config_copy)
-
-
-@contextlib.contextmanager
-def _outside_any_job() -> Iterator[None]:
-    """Hide the variables of a job that this command runs in; they would steer the new one."""
-    place = os.environ.get("SLURM_CONF")
-    with submitit.helpers.clean_env():
-        if place:  # hidden too by its prefix, but it says where the cluster is
-            os.environ["SLURM_CONF"] = place
-        yield
 
 
 def _follow(job: submitit.Job[int]) -> None:
@@ -322,6 +347,8 @@ def parser() -> argparse.ArgumentParser:
     add("--exclusive", action="store_true", help="share the nodes with no other job")
     add("--job-name", metavar="NAME", help="name in the queue (default: run.name)")
     add("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch; repeatable")
+    text = "a variable that the job gets beyond those of the list (docs/slurm.md); repeatable"
+    add("--export", action="append", default=[], metavar="NAME", help=text)
     how = result.add_argument_group("how to start and restart")
     add = how.add_argument
     add("--tasks-per", choices=("node", "gpu"), default="node", help="one torchrun a node (default), or one task a GPU")
@@ -329,7 +356,8 @@ def parser() -> argparse.ArgumentParser:
     text = "queue again when the time is up or the job is preempted (default: yes)"
     add("--requeue", action=argparse.BooleanOptionalAction, default=True, help=text)
     add("--max-requeues", type=int, default=100, metavar="N", help="time-outs after which to give up (default: 100)")
-    add("--signal-delay-s", type=int, default=60, metavar="S", help="requeue S seconds before the limit (default: 60)")
+    text = "save and requeue S seconds before the limit: a step, a save and some slack (default: 60)"
+    add("--signal-delay-s", type=int, default=60, metavar="S", help=text)
     instead = result.add_argument_group("instead of submitting").add_mutually_exclusive_group()
     instead.add_argument("--dry-run", action="store_true", help="print the job; SLURM is not needed")
     instead.add_argument("--local", action="store_true", help="run on this machine, wait, exit with the job's code")

@@ -9,6 +9,7 @@ the config is known to be sound, so that a wrong one is refused at once.
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from engine.fault.stop import INTERRUPT, StopRequests
 from engine.folder import RunFolder
 from launchers.allocator import use_huge_pages
 from launchers.env import Launch, read_launch
+from launchers.redaction import redactor
 
 INTERRUPTED = 130
 TURN_S = 5.0
@@ -43,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
             if problems:
                 raise ConfigError(problems)
             use_huge_pages(os.environ)
+            os.umask(0o077 if config.run.private else 0o027)
             from launchers.rank import run_rank  # imports torch
 
             stopped_by = run_rank(config, find_config(path).read_text(), launch, requests, began)
@@ -80,7 +83,7 @@ def _report(error: RunError, launch: Launch | None) -> int:
     if launch is not None and launch.rank > 0:
         time.sleep(TURN_S if launch.local_rank == 0 else 2 * TURN_S)
         prefix = f"rank {launch.rank}: "
-    sys.stderr.write(f"{prefix}error: {error}\n")
+    sys.stderr.write(redactor(os.environ)(f"{prefix}error: {error}\n"))
     return error.exit_code
 
 
@@ -97,5 +100,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
     except Exception as error:
-        sys.excepthook(type(error), error, error.__traceback__)
+        sys.stderr.write(redactor(os.environ)("".join(traceback.format_exception(error))))
         _leave(1)

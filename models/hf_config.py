@@ -31,6 +31,8 @@ _RENAMED = {
     "mlp_bias": "mlp_bias",
     "init_std": "initializer_range",
 }
+# More than any model has: a number from a file decides how much is built, before the weights are looked at.
+_MOST, _MOST_LAYERS, _MOST_NUMBER = 1 << 24, 1 << 12, 1e30
 _SCALING = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -67,7 +69,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(problem(str(path), "", f"not readable as JSON: {error}", do="Fetch it again.")) from None
     if not isinstance(raw, dict):
         raise CheckpointError(problem(str(path), "", f"must be a JSON object, not a {type(raw).__name__}"))
@@ -181,16 +183,17 @@ def _field(raw: Mapping[str, Any], name: str, where: str, problems: list[str]) -
     if value is None:
         value = _DEFAULTS.get(name)
         if value is None:
-            problems.append(problem(f"{where}: {name}", "", "missing"))
+            problems.append(problem(f"{where}: {name}", "", "missing", do="Fetch it again."))
         return value
     if name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         expected, good = "true or false", isinstance(value, bool)
     elif name in ("rms_norm_eps", "initializer_range", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"):
         expected = "a positive number"
-        good = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MOST_NUMBER
     else:
-        expected = "a positive whole number"
-        good = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+        expected = f"a whole number from 1 to {most}"
+        good = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
     if good:
         return value
     problems.append(problem(f"{where}: {name}", value, f"must be {expected}"))

@@ -23,6 +23,7 @@ from models.llama import Llama
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LISTED_PROBLEMS = 40
+MAX_HEADER_BYTES = 16 << 20  # a tensor takes about 100; the library itself would read 100 MB
 
 FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -51,11 +52,25 @@ def open_safetensors(path: Path) -> Any:
     if not path.is_file():  # opening a pipe would wait for its writer
         text = "is not a file" if path.exists() else "no such file"
         raise CheckpointError(problem(str(path), "", text, "the tensors are read from it", "Fetch it again."))
+    if not _is_of_its_folder(path):
+        why, do = "a folder of weights must hold them itself", "Put a copy of the file there."
+        raise CheckpointError(problem(str(path), "", f"leads out of its folder, to {path.resolve()}", why, do))
     try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise SafetensorError(f"a header of {header_bytes} bytes, at most {MAX_HEADER_BYTES} are read")
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         text = f"not a whole safetensors file: {error}"
         raise CheckpointError(problem(str(path), "", text, do="Fetch it again.")) from None
+
+
+def _is_of_its_folder(path: Path) -> bool:
+    """Say whether a file lies in its folder, or in the Hub's cache that the folder is a snapshot of."""
+    real, folder = path.resolve(), path.parent.resolve()
+    places = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
+    return any(real.is_relative_to(place) for place in places)
 
 
 @runtime_checkable
@@ -82,7 +97,9 @@ class HfWeights:
         stored = {name: file for name, file in self._locate().items() if not _IGNORED.search(name)}
         if self.config.tie_embeddings:
             stored.pop("lm_head.weight", None)  # some writers repeat the embedding; transformers ignores it too
-        self._file_of = {our_name(name): file for name, file in stored.items()}
+        # A name that isn't Hugging Face's of one of ours stays as it is, and is unexpected.
+        self._stored = {our_name(name) if hf_name(our_name(name)) == name else name: name for name in stored}
+        self._file_of = {ours: stored[name] for ours, name in self._stored.items()}
 
     def names(self) -> list[str]:
         """List the parameters that the folder holds."""
@@ -93,9 +110,17 @@ class HfWeights:
         return tuple(self._view(name).get_shape())
 
     def read(self, name: str, slices: Sequence[slice] | None = None) -> torch.Tensor:
-        """Copy a parameter, or the rectangle that `slices` (one for each leading dim) cut out, in the stored format."""
+        """Copy a parameter, or the rectangle that `slices` (one for each leading dim) cut out, in the stored format.
+
+        Raises CheckpointError where a number is NaN or infinite: a model that starts so computes nothing else.
+        """
         view = self._view(name)
         part = view[tuple(slices)] if slices else view[:]
+        # Of all ways to look at each number the quickest by far: NaN is both the least and the largest.
+        if part.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(part)):
+            where = f"{self.folder / self._file_of[name]}: {hf_name(name)}"
+            do = "Fetch the folder again, or take an earlier state of the model."
+            raise CheckpointError(problem(where, "", "holds NaN or infinity", do=do))
         return part.clone(memory_format=torch.contiguous_format)  # what was read may be a window on the file
 
     def check(self, expected: Mapping[str, Sequence[int]] | None = None) -> None:
@@ -110,7 +135,7 @@ class HfWeights:
         for name in self._file_of:
             stored = self._view(name).get_dtype()
             if name not in expected:
-                problems.append(f"unexpected: {hf_name(name)} {self.shape(name)}")
+                problems.append(f"unexpected: {self._stored[name]} {self.shape(name)}")
             elif self.shape(name) != tuple(expected[name]):
                 problems.append(f"wrong shape: {hf_name(name)} {self.shape(name)}, expected {tuple(expected[name])}")
             if stored not in FORMATS:
@@ -118,18 +143,19 @@ class HfWeights:
         if problems:
             shown = problems[:LISTED_PROBLEMS]
             shown += [f"... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-            raise CheckpointError("\n  ".join([f"{self.folder}: the weights do not fit the model:", *shown]))
+            do = "fetch them again, or the config.json that they were saved with"
+            raise CheckpointError("\n  ".join([f"{self.folder}: the weights do not fit the model; {do}:", *shown]))
 
     def _view(self, name: str) -> Any:
         file = self._file_of[name]
         try:
-            return self._open(file).get_slice(hf_name(name))
+            return self._open(file).get_slice(self._stored[name])
         except SafetensorError:
             raise CheckpointError(
                 problem(
                     str(self.folder / file),
                     "",
-                    f"does not hold {hf_name(name)}",
+                    f"does not hold {self._stored[name]}",
                     f"{INDEX} says that it does",
                     "Fetch the folder again.",
                 )
@@ -157,7 +183,8 @@ class HfWeights:
                     "Fetch the model's safetensors files, or save it with safe_serialization=True.",
                 )
             )
-        raise CheckpointError(problem(str(self.folder), "", f"holds neither {SINGLE} nor {INDEX}"))
+        what = f"holds neither {SINGLE} nor {INDEX}"
+        raise CheckpointError(problem(str(self.folder), "", what, do="Fetch the folder again."))
 
     def _read_index(self, path: Path) -> dict[str, str]:
         if not path.is_file():
@@ -165,7 +192,7 @@ class HfWeights:
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             files = {str(name): str(file) for name, file in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             text = f"not a safetensors index: {error!r}"
             raise CheckpointError(problem(str(path), "", text, do="Fetch it again.")) from None
         for file in sorted(set(files.values())):

@@ -1,4 +1,4 @@
-"""A Hugging Face folder from a stream of tensors: sharded safetensors with an index, config.json, tokenizer files.
+"""A Hugging Face folder from a stream of tensors: sharded safetensors with an index and hashes, config, tokenizer.
 
 Tensors arrive one at a time and leave when their shard is full, so memory holds one shard. Everything goes to a
 hidden folder beside the target, is synced, and renamed once at the end: a folder of that name is always complete.
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from configs.errors import CheckpointError, problem
 from configs.schema import ModelConfig
+from models.checksums import CHECKSUMS, checksums_text
 from models.hf_config import hf_config
 from models.hf_weights import INDEX, SINGLE, hf_name, parameter_shapes
 
@@ -56,7 +57,7 @@ def write_hf(
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """Give a hidden folder to write files into; it is synced and bears the name `folder` when all went well.
+    """Give a hidden folder to write files into; it is hashed, synced and bears the name `folder` when all went well.
 
     Raises CheckpointError where the folder exists or can't be written, and then leaves nothing behind.
     """
@@ -69,6 +70,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
+        (unfinished / CHECKSUMS).write_text(checksums_text(unfinished), encoding="utf-8")
         mode = unfinished.stat().st_mode & 0o666
         for path in unfinished.iterdir():
             path.chmod(mode)  # safetensors makes private files, whatever the umask says

@@ -42,7 +42,7 @@ def compile_patterns(
             re.compile(pattern)  # alone first, so that it can't close a parenthesis of the form
             compiled[pattern] = re.compile(form.format(pattern))
         except (re.error, RecursionError, OverflowError) as error:
-            problems.append(problem(where, pattern, f"not a regular expression: {error}"))
+            problems.append(problem(where, pattern, f"not a regular expression: {error}", do=_DO))
             continue
         ways, reason = _count_ways(pattern)
         total += ways

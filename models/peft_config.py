@@ -153,7 +153,7 @@ def read_raw(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         expected, why = "no such file", "an adapter of PEFT's is a folder with an adapter_config.json in it"
-        raise CheckpointError(problem(str(path), "", expected, why))
+        raise CheckpointError(problem(str(path), "", expected, why, "Give that folder."))
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
@@ -183,7 +183,8 @@ def _unsupported(raw: Mapping[str, Any], where: str, kind: str) -> list[str]:
         if name in known or any(value is empty or value == empty for empty in _EMPTY):
             continue
         if name in _NOT_COMPUTED:
-            problems.append(problem(f"{where}: {name}", value, "is not supported", "it changes what is computed"))
+            problems.append(problem(f"{where}: {name}", value, "is not supported", "it changes what is computed",
+                                    "Train the adapter without it."))  # fmt: skip
         else:
             why = "so it might change what is computed"
             do = "Remove it if it does not, or train the adapter without it."
@@ -277,7 +278,7 @@ def _values(
     raw: Mapping[str, Any], field: str, usual: int | float, where: str, modules: list[str], problems: list[str]
 ) -> dict[str, int | float]:
     """Each module's value in rank_pattern or alpha_pattern: the first that fits its name counts, else the usual."""
-    pattern = raw.get(field) or {}
+    pattern = {} if raw.get(field) is None else raw[field]
     if not isinstance(pattern, dict):
         problems.append(problem(f"{where}: {field}", pattern, "must be an object"))
         return {}

@@ -107,7 +107,8 @@ class AdapterWeights:
         if problems:
             shown = problems[:LISTED_PROBLEMS]
             shown += [f"... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-            raise CheckpointError("\n  ".join([f"{self.folder}: the adapter does not fit:", *shown]))
+            head = f"{self.folder}: the adapter does not fit; use the base and the settings that it was trained with:"
+            raise CheckpointError("\n  ".join([head, *shown]))
 
     def _misfits(self, expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
         for name, (key, _) in self._keys.items():

@@ -12,14 +12,16 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed import TCPStore
 
+from engine.checkpoint.checkpointer import open_checkpoint
 from engine.data.prepare import PrepareOptions, prepare
 from engine.metrics_log import read_metrics
 from tests.ranks import PRELOADED
@@ -82,8 +84,18 @@ def make_texts(folder: Path, seed: str) -> None:
 class Processes:
     """The ranks of one start of a run; a context manager, so that none outlives its test."""
 
-    def __init__(self, workplace: Path, n: int, *argv: str, limits: Callable[[], None] | None = None) -> None:
-        """Start `launchers/train.py tiny.toml ARGV` on n ranks; `limits` is called in each before anything else."""
+    def __init__(
+        self,
+        workplace: Path,
+        n: int,
+        *argv: str,
+        limits: Callable[[], None] | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start `launchers/train.py tiny.toml ARGV` on n ranks; `limits` is called in each before anything else.
+
+        `variables` are set in each beside, or instead of, those that torchrun sets.
+        """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -91,7 +103,7 @@ class Processes:
         self.ranks = []
         for rank, output in enumerate(self._outputs):
             output.write_bytes(b"")
-            variables = {
+            place = {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(n),
@@ -101,7 +113,8 @@ class Processes:
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "TORCHELASTIC_RESTART_COUNT": "0",
             }
-            given = (["tiny.toml", *argv], variables if n > 1 else {}, str(workplace), str(output), limits)
+            environment = (place if n > 1 else {}) | dict(variables or {})
+            given = (["tiny.toml", *argv], environment, str(workplace), str(output), limits)
             self.ranks.append(context.Process(target=_rank_main, args=given, daemon=True))
             self.ranks[-1].start()
 
@@ -143,9 +156,15 @@ class Processes:
         return "".join(path.read_text(errors="replace") for path in self._outputs)
 
 
-def run_to_end(workplace: Path, n: int, *argv: str, limits: Callable[[], None] | None = None) -> tuple[int, str]:
+def run_to_end(
+    workplace: Path,
+    n: int,
+    *argv: str,
+    limits: Callable[[], None] | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> tuple[int, str]:
     """Start, wait, and return the first exit code that isn't 0, and what was printed."""
-    with Processes(workplace, n, *argv, limits=limits) as processes:
+    with Processes(workplace, n, *argv, limits=limits, variables=variables) as processes:
         codes = processes.join()
         failed = [code for code in codes if code and code != -signal.SIGTERM]
         return (failed or [0])[0], processes.output()
@@ -155,6 +174,16 @@ def steps_of(run: Path) -> list[tuple[Any, ...]]:
     """Return what is in metrics.jsonl and must not depend on how often the run was killed, line by line."""
     names = ("kind", "step", "loss", "grad_norm", "lr", "num_tokens", "heldout_loss", "bits_per_byte")
     return [tuple(entry.get(name) for name in names) for entry in read_metrics(run / "metrics.jsonl")]
+
+
+def assert_same_end(run: Path, whole: Path) -> None:
+    """Hold a run against one that nobody interrupted: every logged number, and every bit of the last checkpoint."""
+    assert steps_of(run) == steps_of(whole)
+    found, expected = open_checkpoint(run / "checkpoints"), open_checkpoint(whole / "checkpoints")
+    assert found.step == expected.step == steps_of(whole)[-1][1]
+    assert found.names("") == expected.names("")
+    for name in expected.names(""):
+        assert torch.equal(found.read(name), expected.read(name)), name
 
 
 def last_step(run: Path) -> int:

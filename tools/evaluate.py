@@ -55,6 +55,9 @@ def heldout_losses(
 ) -> dict[str, tuple[str, HeldoutLoss]]:
     """Give the objective and the loss for each store; 0 takes the model's longest sequence (1,024 at most), and all."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if seq_len > saved.config.max_seq_len:
+        expected = f"must be at most max_seq_len = {saved.config.max_seq_len} of {saved.where}"
+        raise ConfigError(problem("--seq-len", seq_len, expected))
     seq_len = seq_len or min(saved.config.max_seq_len, DEFAULT_SEQ_LEN)
     virtual = _num_virtual_tokens(saved)
     # All are opened before a loss is computed.

@@ -84,7 +84,7 @@ def _generate(args: argparse.Namespace) -> None:
     device = _device(args.device)
     saved = open_source(args)
     if args.merged and saved.adapter is None:
-        raise ConfigError(problem("--merged", "", f"{saved.where} has no adapter to merge"))
+        raise ConfigError(problem("--merged", "", f"{saved.where} has no adapter to merge", do="Leave it out."))
     tokenizer = _tokenizer(args.tokenizer, saved)
     prompt = _prompt(args.prompt, tokenizer, saved)
     threads = args.threads or int(num_params(saved.config) < SMALL)

@@ -8,11 +8,9 @@ left. Again: it reuses what is there. Interrupted: it continues from the last ch
 
 import os
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from configs.load import load_config
 from configs.schema import Config
 from engine.folder import RunFolder
 from engine.metrics_log import read_metrics
+from tools import torchrun
 
 CONFIG = Path("configs/quickstart.toml")
 RANKS = 2
@@ -59,44 +58,15 @@ def is_trained(folder: RunFolder, config: Config) -> bool:
 
 def train(preset: Path, argv: list[str]) -> int:
     """Run torchrun on a preset; Ctrl-C ends all its processes at once, at the price of the steps since a checkpoint."""
-    # torchrun warns where it is unset; the launcher sets each rank's threads itself.
-    command = ["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "torch.distributed.run"]
-    command += ["--standalone", "--nproc-per-node", str(RANKS)]
-    command += ["launchers/train.py", str(preset), *argv]
     print(f"torchrun --nproc-per-node {RANKS} launchers/train.py {' '.join([str(preset), *argv])}", flush=True)
     # A session of its own: otherwise Ctrl-C reaches torchrun by itself, which prints a traceback.
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(torchrun.command_of(RANKS, [str(preset), *argv]), start_new_session=True)
     try:
         return process.wait()
     except KeyboardInterrupt:
-        _end(process)
+        torchrun.end(process)
         print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
-
-
-def _end(torchrun: subprocess.Popen[bytes]) -> None:
-    """Kill torchrun and its ranks; each rank leads a session of its own, with what it has started."""
-    torchrun.send_signal(signal.SIGSTOP)  # it must start no rank while they are looked up
-    ranks = _children_of(torchrun.pid)
-    torchrun.kill()
-    for rank in ranks:
-        for kill in (os.killpg, os.kill):  # a rank just forked leads no group yet
-            with suppress(ProcessLookupError):
-                kill(rank, signal.SIGKILL)
-    torchrun.wait()
-
-
-def _children_of(pid: int) -> list[int]:
-    if Path("/proc/self/stat").exists():  # Linux, where containers often have no ps
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):  # ended since
-                if int(stat.read_text(errors="replace").rpartition(")")[2].split()[1]) == pid:
-                    found.append(int(stat.parent.name))
-        return found
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)
-    pairs = [line.split() for line in listed.stdout.splitlines()]
-    return [int(child) for child, parent in pairs if int(parent) == pid]
 
 
 def report(folder: RunFolder, config: Config) -> None:

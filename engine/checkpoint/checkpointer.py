@@ -32,6 +32,7 @@ from engine.checkpoint.manifest import (
     check_files,
     copy_tokenizer,
     discard,
+    discard_newer,
     expired_steps,
     list_steps,
     parse_manifest,
@@ -41,10 +42,10 @@ from engine.checkpoint.manifest import (
     step_folder,
     temporary_name,
 )
-from engine.checkpoint.ranks import Ranks, describe
+from engine.checkpoint.ranks import LOST_RANK, Ranks, describe
 from engine.checkpoint.reader import CheckpointReader, open_checkpoint
 from engine.checkpoint.state import Staging, differences, live_snapshot, load_targets, saved_tensors, table_of
-from engine.checkpoint.storage import ManifestReader, Staged, StagedPlanner, StreamingWriter
+from engine.checkpoint.storage import ManifestReader, Staged, StagedPlanner, StreamingWriter, prove_writable
 from engine.files import FileEntry, sync_folder, write_whole
 
 __all__ = ["STAGES", "CheckpointReader", "Checkpointer", "Found", "Written", "open_checkpoint"]
@@ -86,6 +87,8 @@ class _Save:
     meta: dict[str, Any]
     tokenizer_dir: Path | None
     heldout_loss: float | None
+    must: bool
+    keep_before: int | None
 
 
 class Checkpointer:
@@ -98,18 +101,21 @@ class Checkpointer:
         *,
         timeout_s: float = 1800.0,
         at: Callable[[str], None] = lambda stage: None,
+        failed: Callable[[int, CheckpointError, int, bool], None] = lambda step, error, in_a_row, ends_run: None,
     ) -> None:
         """Make `folder` (a run's checkpoints/), prove that it can be written, and clear what killed saves left.
 
         `timeout_s` bounds how long a rank waits for the others in the checkpoint's own group; `at` is called at each of
-        STAGES and is there for tests of faults.
+        STAGES and is there for faults on purpose. `failed` is told of a failed save at once, by the thread that made
+        it: the step, the error, how many have failed in a row, and whether that ends the run.
         """
-        self.folder, self.config, self.at = folder, config, at
+        self.folder, self.config, self.at, self._failed = folder, config, at, failed
         self.written: Written | None = None
         self._ranks = Ranks(timeout_s)
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
+        self._failures, self._ends_run = 0, False
         self._refused: set[int] = set()
         self._losses: dict[int, float | None] = {}
         try:
@@ -137,11 +143,10 @@ class Checkpointer:
             error.add_note(f"the last checkpoint failed as well: {failed}")
 
     def _open_folder(self) -> list[str]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        probe = self.folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-        return remove_stale(self.folder)
+        # First: what a killed save left may be what fills the disk.
+        stale = remove_stale(self.folder) if self.folder.is_dir() else []
+        prove_writable(self.folder)
+        return stale
 
     # -------------------- saving
 
@@ -153,27 +158,31 @@ class Checkpointer:
         meta: dict[str, Any],
         tokenizer_dir: Path | None = None,
         heldout_loss: float | None = None,
+        *,
+        must: bool = True,
+        keep_before: int | None = None,
     ) -> float:
         """Save the state after `step`; return the seconds that the caller waited.
 
         Asynchronous: returns when the state is copied, after waiting for an earlier save that is still being written.
         A step that is saved already and proved good is left as it is. `meta` is JSON with finite numbers; a held-out
         loss that is not finite counts as none. Raises CheckpointError when this save (blocking) or the one before it
-        (asynchronous) failed, on every rank.
+        (asynchronous) failed, on every rank; of saves that aren't a `must`, when config.max_failures of them did in a
+        row. The newest checkpoint from before step `keep_before` stays, whatever the config keeps.
         """
         begin = time.perf_counter()
-        self.wait()
+        self.settle()
         tensors = saved_tensors(model, optimizer)
         snapshot = self._staging.copy(tensors) if self.config.asynchronous else live_snapshot(tensors)
         frozen_meta = json.loads(json.dumps(meta, allow_nan=False))
         loss = heldout_loss if heldout_loss is not None and abs(heldout_loss) < float("inf") else None
-        job = _Save(step, snapshot, frozen_meta, tokenizer_dir, loss)
+        job = _Save(step, snapshot, frozen_meta, tokenizer_dir, loss, must, keep_before)
         if self.config.asynchronous:
             self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint-{step}")
             self._thread.start()
         else:
             self._run(job)
-            self.wait()
+            self.settle()
         return time.perf_counter() - begin
 
     def wait(self) -> None:
@@ -184,6 +193,15 @@ class Checkpointer:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def settle(self) -> None:
+        """Wait for the save in flight; raise CheckpointError, on every rank, when it failed and that ends the run."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._ends_run:
+            self.wait()
+        self._error = None
 
     def close(self) -> None:
         """Wait for the save in flight and leave the group; call it before the run's process group is destroyed."""
@@ -198,9 +216,15 @@ class Checkpointer:
         try:
             path, num_bytes = self._write(job)
             self.written = Written(job.step, path, num_bytes, time.perf_counter() - begin)
+            self._failures = 0
         except BaseException as error:  # DCP's CheckpointException is no Exception
-            self._error = CheckpointError(f"checkpoint of step {job.step}: {describe(error)}")
-            self._error.__cause__ = error
+            self._error = failure = CheckpointError(f"checkpoint of step {job.step}: {describe(error)}")
+            failure.__cause__ = error
+            self._failures += 1
+            lost = LOST_RANK in str(failure)
+            self._ends_run = job.must or lost or self._failures >= self.config.max_failures
+            if not lost:  # that is no failure of the save, and is told by who finds it
+                self._failed(job.step, failure, self._failures, self._ends_run)
 
     def _write(self, job: _Save) -> tuple[Path, int]:
         """The protocol, from an empty temporary folder to the rename; returns the folder and its bytes."""
@@ -221,7 +245,7 @@ class Checkpointer:
             if ranks.index == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"{describe(error)} (earlier checkpoints are untouched)") from error
-        ranks.lead(lambda: self._expire(job.step))
+        ranks.lead(lambda: self._expire(job.step, job.keep_before))
         return target, num_bytes
 
     def _make_temporary(self, step: int) -> str:
@@ -250,7 +274,7 @@ class Checkpointer:
         self._losses[job.step] = job.heldout_loss
         return sum(entry.size for entry in files.values())
 
-    def _expire(self, newest: int) -> None:
+    def _expire(self, newest: int, keep_before: int | None) -> None:
         """Delete what the config doesn't keep. Refused folders neither count nor go: they may be all that is left."""
         steps = [step for step in list_steps(self.folder) if step not in self._refused]
         for step in steps:
@@ -263,8 +287,9 @@ class Checkpointer:
         losses = {step: self._losses[step] for step in steps if step not in self._refused}
         config = self.config
         gone = expired_steps(
-            losses, newest, keep_last=config.keep_last, keep_every=config.keep_every, keep_best=config.keep_best
-        )
+            losses, newest, keep_last=config.keep_last, keep_every=config.keep_every, keep_best=config.keep_best,
+            keep_before=keep_before,
+        )  # fmt: skip
         try:
             for step in gone:
                 discard(self.folder / step_folder(step))
@@ -273,14 +298,16 @@ class Checkpointer:
 
     # -------------------- loading
 
-    def find_latest(self) -> Found | None:
-        """Return the newest checkpoint that is proved good, or None when the run has none at all.
+    def find_latest(self, before: int | None = None) -> Found | None:
+        """Return the newest checkpoint, or the newest from `before` a step, that is proved good; None without any.
 
         Raises CheckpointError when there are checkpoints and none is good: to start over is not this code's decision.
         """
-        self.wait()
+        self.settle()
         refused: list[str] = []
         for step in self._ranks.lead(lambda: list_steps(self.folder)):
+            if before is not None and step >= before:
+                continue
             path = self.folder / step_folder(step)
             manifest, problems = self._prove(path)
             if manifest is not None and not problems:
@@ -292,6 +319,11 @@ class Checkpointer:
         lines = [f"{self.folder}: no checkpoint can be loaded:", *(f"  {line}" for line in refused)]
         lines.append("Restore one of them from a copy, or move the folder away to start the run from its beginning.")
         raise CheckpointError("\n".join(lines))
+
+    def discard_after(self, step: int) -> None:
+        """Delete all checkpoints that are newer."""
+        self.settle()
+        self._ranks.lead(lambda: discard_newer(self.folder, step))
 
     def _prove(self, path: Path) -> tuple[Manifest | None, list[str]]:
         """The manifest of a folder and all that is wrong with it, the same on every rank; each hashes its share."""
@@ -310,7 +342,7 @@ class Checkpointer:
         Without an optimizer only the weights are read. Raises CheckpointError with every difference in names, shapes
         and dtypes before the first tensor is touched.
         """
-        self.wait()
+        self.settle()
         targets, install = load_targets(model, optimizer, found.manifest)
         wanted = self._union(table_of(targets))
         lines = differences(found.manifest, wanted, weights_only=optimizer is None)

@@ -6,14 +6,17 @@ a folder is a checkpoint only when its manifest says so and its files agree. Eve
 files: no torch, no process group, no pickle. It must not decide what is saved; checkpointer.py does.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,10 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 MAX_MANIFEST_BYTES = 1 << 30
 MAX_DIMS = 8
+MISSING = "is missing"
+VISIBLE_WAITS_S = (0.05, 0.15, 0.3)
+"""How often, and how long after, a file that isn't seen is looked for again: network file systems cache folders, and
+listing one refreshes it."""
 
 _STEP = re.compile(r"step-(\d{8,12})")
 _STALE = re.compile(r"\.(tmp|trash)-step-\d{8,12}-[0-9a-f]{8}")
@@ -211,6 +218,13 @@ def discard(path: Path) -> None:
     shutil.rmtree(trash)
 
 
+def discard_newer(folder: Path, step: int) -> None:
+    """Delete the checkpoints from after `step`, the newest first: what a crash in between leaves is a run as it was."""
+    for number in list_steps(folder):
+        if number > step:
+            discard(folder / step_folder(number))
+
+
 def remove_stale(folder: Path) -> list[str]:
     """Delete what killed saves and deletions left in the folder; return the names."""
     stale = sorted(entry.name for entry in os.scandir(folder) if _STALE.fullmatch(entry.name))
@@ -224,7 +238,7 @@ def copy_tokenizer(source: Path, target: Path) -> dict[str, FileEntry]:
     (target / TOKENIZER).mkdir()
     entries = {}
     for path in sorted(source.iterdir()):
-        if path.name.startswith(".") or not path.is_file():
+        if path.name.startswith(".") or path.is_symlink() or not path.is_file():
             continue
         name = f"{TOKENIZER}/{path.name}"
         if not _FILE.fullmatch(name):
@@ -255,22 +269,33 @@ def read_manifest(path: Path) -> str:
 
 def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
     """Return what is wrong with these files of a checkpoint folder: presence, kind, size and sha256."""
-    problems = []
-    for name in names:
-        entry = manifest.files[name]
-        try:
-            info = (path / name).lstat()
-            if not stat.S_ISREG(info.st_mode) or (path / name).parent.is_symlink():
-                problems.append(f"{name} is no regular file of the folder")
-            elif info.st_size != entry.size:
-                problems.append(f"{name} has {info.st_size} bytes, the manifest says {entry.size}")
-            elif (actual := hash_file(path / name)) != entry.sha256:
-                problems.append(f"{name} has sha256 {actual[:12]}.., the manifest says {entry.sha256[:12]}..")
-        except FileNotFoundError:
-            problems.append(f"{name} is missing")
-        except OSError as error:
-            problems.append(f"{name} can't be read: {error}")
-    return problems
+    found = {name: _problem_of(path, name, manifest.files[name]) for name in names}
+    for wait_s in VISIBLE_WAITS_S:
+        missing = [name for name, problem_of in found.items() if problem_of == MISSING]
+        if not missing:
+            break
+        time.sleep(wait_s)
+        for folder in {(path / name).parent for name in missing}:
+            with suppress(OSError):
+                os.listdir(folder)
+        found |= {name: _problem_of(path, name, manifest.files[name]) for name in missing}
+    return [f"{name} {problem_of}" for name, problem_of in found.items() if problem_of]
+
+
+def _problem_of(path: Path, name: str, entry: FileEntry) -> str:
+    try:
+        info = (path / name).lstat()
+        if not stat.S_ISREG(info.st_mode) or (path / name).parent.is_symlink():
+            return "is no regular file of the folder"
+        if info.st_size != entry.size:
+            return f"has {info.st_size} bytes, the manifest says {entry.size}"
+        if (actual := hash_file(path / name)) != entry.sha256:
+            return f"has sha256 {actual[:12]}.., the manifest says {entry.sha256[:12]}.."
+    except FileNotFoundError:
+        return MISSING
+    except OSError as error:
+        return MISSING if error.errno == errno.ESTALE else f"can't be read: {error}"
+    return ""
 
 
 def share_files(files: Mapping[str, FileEntry], rank: int, num_ranks: int) -> list[str]:
@@ -289,15 +314,26 @@ def share_files(files: Mapping[str, FileEntry], rank: int, num_ranks: int) -> li
 
 
 def expired_steps(
-    losses: Mapping[int, float | None], newest: int, *, keep_last: int, keep_every: int, keep_best: bool
+    losses: Mapping[int, float | None],
+    newest: int,
+    *,
+    keep_last: int,
+    keep_every: int,
+    keep_best: bool,
+    keep_before: int | None = None,
 ) -> list[int]:
-    """Return the steps to delete, oldest first, given the held-out loss of every good one; `newest` always stays."""
+    """Return the steps to delete, oldest first, given the held-out loss of every good one; `newest` always stays.
+
+    So does the newest from before step `keep_before`, to which the run may have to go back.
+    """
     steps = sorted(losses)
     kept = {newest, *steps[-keep_last:]}
     if keep_every:
         kept |= {step for step in steps if step % keep_every == 0}
     if keep_best and (best := best_step(losses)) is not None:
         kept.add(best)
+    if keep_before is not None:
+        kept |= set([step for step in steps if step < keep_before][-1:])
     return [step for step in steps if step not in kept]
 
 

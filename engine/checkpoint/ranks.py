@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from configs.errors import CheckpointError, RunError
 
 T = TypeVar("T")
+LOST_RANK = "another rank is gone or silent"
 
 
 class Ranks:
@@ -43,16 +44,7 @@ class Ranks:
 
     def exchange(self, value: Any) -> list[Any]:
         """Return the JSON-able values of all ranks, in rank order."""
-        if self.group is None:
-            return [value]
-        data = _pack(value)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([data.numel()]), group=self.group)
-        longest = max(int(size) for size in sizes)
-        padded = torch.cat([data, data.new_zeros(longest - data.numel())])
-        boxes = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(boxes, padded, group=self.group)
-        return [_unpack(box[: int(size)]) for box, size in zip(boxes, sizes, strict=True)]
+        return [value] if self.group is None else gather_json(value, self.group)
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's JSON-able value."""
@@ -80,6 +72,18 @@ class Ranks:
         return answer["result"]
 
 
+def gather_json(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Return the JSON-able values of the ranks of a group, in rank order; None is the group of all ranks."""
+    data, size = _pack(value), dist.get_world_size(group)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
+    dist.all_gather(sizes, torch.tensor([data.numel()]), group=group)
+    longest = max(int(size) for size in sizes)
+    padded = torch.cat([data, data.new_zeros(longest - data.numel())])
+    boxes = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(boxes, padded, group=group)
+    return [_unpack(box[: int(size)]) for box, size in zip(boxes, sizes, strict=True)]
+
+
 def describe(error: BaseException) -> str:
     """Return the text of an error for a user; of DCP's collected errors the first rank's that failed."""
     if isinstance(error, CheckpointException):
@@ -91,7 +95,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'file system'}: {error.strerror} (errno {error.errno})"
     if isinstance(error, RuntimeError) and "/gloo/" in str(error):
-        return f"another rank is gone or silent ({str(error).partition('] ')[2].partition('. ')[0]})"
+        return f"{LOST_RANK} ({str(error).partition('] ')[2].partition('. ')[0]})"
     return f"{type(error).__name__}: {error}"
 
 

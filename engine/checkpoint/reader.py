@@ -25,6 +25,8 @@ from engine.checkpoint.manifest import (
 )
 from engine.checkpoint.storage import DTYPES
 
+RESTORE = "Restore it from a copy, or take another step."
+
 
 class CheckpointReader:
     """A proved checkpoint folder."""
@@ -106,7 +108,14 @@ def open_checkpoint(
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = list_steps(folder)
     if not steps:
-        raise CheckpointError(problem(str(path), "", f"no checkpoint here (no {MANIFEST}, no step-* folder)"))
+        raise CheckpointError(
+            problem(
+                str(path),
+                "",
+                f"no checkpoint here (no {MANIFEST}, no step-* folder)",
+                do="Give a run or one of its checkpoints.",
+            )
+        )
     if step is not None:
         if step not in steps:
             held = ", ".join(str(s) for s in sorted(steps))
@@ -122,8 +131,10 @@ def open_checkpoint(
         try:
             return _prove(folder / step_folder(number), weights_only, refused)
         except CheckpointError as error:
-            refused.append(str(error))
-    raise CheckpointError("\n".join([f"{folder}: no checkpoint can be loaded:", *(f"  {line}" for line in refused)]))
+            refused.append(str(error).removesuffix(f". {RESTORE}"))
+    raise CheckpointError(
+        "\n".join([f"{folder}: no checkpoint can be loaded:", *(f"  {line}" for line in refused), RESTORE])
+    )
 
 
 def _loss_of(path: Path) -> float | None:
@@ -138,12 +149,14 @@ def _prove(path: Path, weights_only: bool, refused: list[str]) -> CheckpointRead
     try:
         manifest = parse_manifest(read_manifest(path), MANIFEST)
     except CheckpointError as error:
-        raise CheckpointError(f"{path.name}: {error}") from None
+        raise CheckpointError(f"{path.name}: {error}. {RESTORE}") from None
+    if path.name.startswith("step-") and path.name != step_folder(manifest.step):
+        raise CheckpointError(f"{path.name}: {MANIFEST} is of step {manifest.step}: the folder was renamed. {RESTORE}")
     skipped = {
         chunk.file for name, e in manifest.tensors.items() if not name.startswith("model.") for chunk in e.chunks
     }
     names = [name for name in manifest.files if not (weights_only and name in skipped)]
     problems = check_files(path, manifest, names)
     if problems:
-        raise CheckpointError(f"{path.name}: {'; '.join(problems)}")
+        raise CheckpointError(f"{path.name}: {'; '.join(problems)}. {RESTORE}")
     return CheckpointReader(path, manifest, refused)

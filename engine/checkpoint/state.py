@@ -101,6 +101,18 @@ def live_snapshot(tensors: Mapping[str, torch.Tensor]) -> dict[str, Staged]:
     return {name: Staged(item, live) for name, (item, live) in _boxes(tensors).items()}
 
 
+Box = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""What a part of a tensor is, whoever holds it: the tensor's name, where the part begins, its shape."""
+
+
+def held_boxes(tensors: Mapping[str, torch.Tensor]) -> dict[Box, torch.Tensor]:
+    """Return what this rank holds; ranks with the same box have copies of it."""
+    held = {}
+    for name, (item, live) in _boxes(tensors).items():
+        held[name, tuple(item.index.offset or ()), tuple(live.shape)] = live
+    return held
+
+
 def _boxes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[WriteItem, torch.Tensor]]:
     """This rank's part of each tensor, with DCP's description of where it lies."""
     boxes = {}

@@ -10,6 +10,7 @@ torch's opens every file on every rank. Nothing here decides when a checkpoint i
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -32,9 +33,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from configs.errors import CheckpointError
+from configs.errors import CheckpointError, problem
 from engine.checkpoint.manifest import Chunk, Manifest, TensorEntry
-from engine.files import FileEntry, sync_folder, write_all
+from engine.files import FileEntry, sync_folder, write_all, write_whole
 
 SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -51,6 +52,8 @@ SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES}
 SPACE_FACTOR = 1.05
 """Room asked of the disk beyond the tensors: headers, manifest, the file system's own blocks."""
+OTHER_FILES = 16
+"""Files asked of the disk beyond those of the ranks: manifest, tokenizer, folders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +110,8 @@ class StreamingWriter(HuggingFaceStorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Refuse on rank 0, before anything is written, when the disk can't hold the checkpoint."""
-        needed = int(SPACE_FACTOR * sum(item.tensor_storage_size() or 0 for plan in plans for item in plan.items))
-        require_space(self.folder, needed)
+        needed = sum(item.tensor_storage_size() or 0 for plan in plans for item in plan.items)
+        require_space(self.folder, int(SPACE_FACTOR * needed), num_files=2 * len(plans) + OTHER_FILES)
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -177,15 +180,41 @@ def _tensor(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
     return data
 
 
-def require_space(folder: Path, needed_bytes: int) -> None:
-    """Raise CheckpointError when the disk of `folder` has less room than this."""
-    disk = os.statvfs(folder)
-    free_bytes = disk.f_bavail * disk.f_frsize
+def prove_writable(folder: Path) -> None:
+    """Make a folder and write a byte into it; raise CheckpointError where that fails."""
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            write_whole(probe, b"probe")
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        what, do = f"can't be written: {error.strerror} (errno {error.errno})", "or set run.dir elsewhere."
+        raise CheckpointError(problem(str(folder), "", what, do=f"Make it writable, make room, {do}")) from None
+
+
+def require_space(folder: Path, needed_bytes: int, num_files: int) -> None:
+    """Raise CheckpointError when the disk of `folder` has less room than this, or none for so many files."""
+    free_bytes, free_files = free_space(folder)
+    do = "Free some space, lower checkpoint.keep_last, or put run.dir on a larger disk."
     if free_bytes < needed_bytes:
         raise CheckpointError(
             f"{folder}: the checkpoint needs {needed_bytes} bytes, the disk has {free_bytes} free (nothing was "
-            "written). Free some space, lower checkpoint.keep_last, or put run.dir on a larger disk."
+            f"written). {do}"
         )
+    if free_files < num_files:
+        raise CheckpointError(
+            f"{folder}: the checkpoint needs {num_files} files, the disk has inodes for {free_files} more (nothing was "
+            f"written). Delete files there, or put run.dir on another disk."
+        )
+
+
+def free_space(folder: Path) -> tuple[int, float]:
+    """Return the bytes and the files that the disk of `folder` can still take."""
+    disk = os.statvfs(folder)
+    # Where a file system makes inodes as it needs them, it says that it has none at all.
+    return disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else math.inf
 
 
 def _header(items: Mapping[str, WriteItem], tensors: Mapping[str, torch.Tensor], order: list[str]) -> bytes:

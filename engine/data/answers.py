@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.errors import DataError, problem
-from engine.data.chat import ASSISTANT, ChatTemplate, RenderError, Spans
+from engine.data.chat import ASSISTANT, GIVE, ChatTemplate, RenderError, Spans
 from engine.data.examples import Conversation, Example, Pair
 from engine.data.records import BadRecord
 from engine.data.tokenizer import Tokenizer
@@ -120,7 +120,7 @@ def find_template(tokenizer: Tokenizer, given: Path | None) -> str:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(problem(str(path), "", "can't be read as a chat template", str(error))) from None
+            raise DataError(problem(str(path), "", "can't be read as a chat template", str(error), GIVE)) from None
     return _template_of(tokenizer.setting("chat_template"))
 
 

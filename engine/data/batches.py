@@ -55,6 +55,14 @@ class Batch:
         counted = self.targets != IGNORE
         return counted.view(self.members, -1).sum(dim=1) if self.members else counted.sum()
 
+    def check(self, vocab_size: int) -> None:
+        """Raise DataError for a token that the embedding has no row of; on a device it would be an index error."""
+        low, high = int(self.tokens.min()), int(max(self.tokens.max(), self.targets.max()))
+        if low < 0 or high >= vocab_size:
+            expected, why = f"must be from 0 to {vocab_size - 1}", "it was altered on the way from the store"
+            do = "The same command reads it again; look at this host's memory where that happens twice."
+            raise DataError(problem("token", low if low < 0 else high, expected, why, do))
+
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device."""
 

@@ -26,6 +26,7 @@ from configs.errors import DataError, problem
 Message = dict[str, Any]
 Spans = list[tuple[int, int]]
 
+GIVE = "Give a jinja template, as transformers takes it."
 ASSISTANT = "assistant"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 # What compiling a template and its own arithmetic on a message can raise, as the Python that jinja makes of it: a name
@@ -52,12 +53,12 @@ class ChatTemplate:
     def __init__(self, source: str, where: str, tokens: dict[str, str]) -> None:
         """Compile; raises DataError for what is no template."""
         if _encoded(source) != source:
-            raise DataError(problem(where, "", "is not a chat template", "it holds half of a surrogate pair"))
+            raise DataError(problem(where, "", "is not a chat template", "it holds half of a surrogate pair", GIVE))
         self._environment = _environment()
         try:
             self._template = self._environment.from_string(source)
         except _FAILURES as error:
-            raise DataError(problem(where, "", "is not a chat template", _said(error))) from None
+            raise DataError(problem(where, "", "is not a chat template", _said(error), GIVE)) from None
         self._tokens = tokens
 
     def render(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[str, Spans]:

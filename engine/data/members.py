@@ -34,6 +34,7 @@ class MemberBatches:
         opened = {os.path.normpath(store.path): store for one in self._members for store in one.stores}
         stores = [opened[os.path.normpath(store.path)] for store in config.stores]
         check_same_tokenizer(stores)
+        self.stores = stores
         self.fingerprints = [store.fingerprint for store in stores]
         first = self._members[0]
         self.tokenizer_hash, self.tokenizer_folder = first.tokenizer_hash, first.tokenizer_folder

@@ -330,7 +330,8 @@ class _Build:
     def _hold_out_lowest(self) -> None:
         """Write the splits again with the document of the lowest hash held out: a small corpus needs one too."""
         (self.folder / "train").rename(self.folder / "undivided")
-        whole = Split(self.folder / "undivided", self.entries["train"], self.dtype, self.shard_tokens)
+        entry, vocab_size = self.entries["train"], self.tokenizer.vocab_size
+        whole = Split(self.folder / "undivided", entry, self.dtype, self.shard_tokens, vocab_size)
         for name in ("train", "heldout"):
             _remove_files(self.folder / name)
         self._begin()
@@ -350,7 +351,7 @@ class _Build:
         reasons = [f"{count} {kind}" for kind, count in sorted(self.bad_counts.items())]
         reasons += [f"left out: {listed_suffixes(self.corpus.left_out)}"] if self.corpus.left_out else []
         where = ", ".join(map(repr, self.options.sources))
-        first = f"The first: {self.bad_examples[0]}" if self.bad_examples else ""
+        first = f"The first: {self.bad_examples[0]}" if self.bad_examples else "Give files with text in them."
         return problem(where, "", f"no document in {len(self.corpus.files)} files", "; ".join(reasons), first)
 
 

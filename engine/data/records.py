@@ -268,7 +268,7 @@ def _read_parquet(file: SourceFile, text_field: str) -> Iterator[RawRecord]:
                     reported = now
     except pa.ArrowException as error:
         why = str(error).splitlines()[0]
-        raise DataError(problem(str(file.path), "", "can't be read as parquet", why)) from None
+        raise DataError(problem(str(file.path), "", "can't be read as parquet", why, "Write it again.")) from None
 
 
 def _read_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[RawRecord]:
@@ -291,7 +291,7 @@ def _read_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[RawRecord]:
                     reported = now
     except (pa.ArrowException, ValueError) as error:  # a ValueError: text that isn't UTF-8, one name twice in a struct
         why = str(error).splitlines()[0]
-        raise DataError(problem(str(file.path), "", "can't be read as parquet", why)) from None
+        raise DataError(problem(str(file.path), "", "can't be read as parquet", why, "Write it again.")) from None
 
 
 def _row_as_json(values: dict[str, Any], where: str) -> bytes | BadRecord:

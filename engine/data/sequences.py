@@ -20,6 +20,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from configs.errors import DataError
 from configs.schema import DataConfig
 from engine.data.pack import Packing, one_each, pack
 from engine.data.store import SplitName, TokenStore
@@ -67,6 +68,8 @@ class Sequences:
         self._virtual = num_virtual_tokens
         self._room = config.seq_len - num_virtual_tokens
         self._packing: Packing | None = None
+        if config.packing != "concat" or self._needs_documents:
+            self.split.check_bounds()
         pairs = max(0, self.split.num_tokens - 1)
         if config.packing == "concat":
             self.num_sequences = -(-pairs // self._room) if split == "heldout" else pairs // self._room
@@ -88,12 +91,15 @@ class Sequences:
         return int(np.diff(self.split.offsets).max(initial=np.uint64(0)))
 
     def lay(self, sequence: int, rows: Rows, row: int) -> None:
-        """Write a sequence into a row of padding."""
+        """Write a sequence into a row of padding; raises DataError, naming it, for what its file can't mean."""
         assert 0 <= sequence < self.num_sequences, f"sequence {sequence} of {self.num_sequences}"
-        if self._packing is None:
-            self._lay_concat(sequence, rows, row)
-        else:
-            self._lay_packed(self._packing, sequence, rows, row)
+        try:
+            if self._packing is None:
+                self._lay_concat(sequence, rows, row)
+            else:
+                self._lay_packed(self._packing, sequence, rows, row)
+        except DataError as error:
+            raise DataError(f"sequence {sequence}: {error}") from None
         targets = rows.targets[row]
         rows.num_bytes += int(self._token_bytes[targets[targets != IGNORE]].sum())
 

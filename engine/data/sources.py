@@ -173,7 +173,7 @@ def _nearest(source: str) -> str:
     if close:
         return f"Did you mean {str(folder / close[0])!r}?"
     close = difflib.get_close_matches(source, [STDLIB, STDLIB_DOCS], n=1)
-    return f"Did you mean {close[0]!r}?" if close else ""
+    return f"Did you mean {close[0]!r}?" if close else "Give files or folders that are there."
 
 
 def _advice(path: Path) -> str:

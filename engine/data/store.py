@@ -10,12 +10,14 @@
       bytes.bin            uint32 (documents): UTF-8 bytes of each document
       answers.bin          uint8 (tokens): 1 where the token is an answer's; in stores of examples only
 
-All numbers are little-endian. Opening compares every size with the manifest, so that a truncated file can't end the
-process later by SIGBUS under its mapping; `verify="full"` hashes every byte. Written by prepare.py.
+All numbers are little-endian. Opening compares every size with the manifest, and each read with what the file is then,
+so that a truncated file can't end the process by SIGBUS under its mapping; `verify="full"` hashes every byte, as
+engine/proof.py does for a run, on all ranks together. Written by prepare.py.
 """
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +37,7 @@ OFFSETS = "offsets.bin"
 DOCUMENT_BYTES = "bytes.bin"
 ANSWERS = "answers.bin"
 SPLITS = ("train", "heldout")
+RESTORE = "Restore it from a copy, or prepare the store again."
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 SplitName = Literal["train", "heldout"]
@@ -100,8 +103,9 @@ _IDENTITY = ("kind", "sha256", "vocab_size", "eos_id", "bos_id", "prefix_bytes")
 class Split:
     """The documents of one side of a store, read through memory maps."""
 
-    def __init__(self, folder: Path, entry: SplitEntry, dtype: str, shard_tokens: int) -> None:
+    def __init__(self, folder: Path, entry: SplitEntry, dtype: str, shard_tokens: int, vocab_size: int) -> None:
         """Map the files; their sizes must have been checked."""
+        self.folder, self._vocab_size = folder, vocab_size
         self.num_documents, self.num_tokens, self.num_bytes = entry.documents, entry.tokens, entry.bytes
         self.offsets: npt.NDArray[np.uint64] = _map(folder / OFFSETS, np.dtype("<u8"), entry.documents + 1)
         self.document_bytes: npt.NDArray[np.uint32] = _map(folder / DOCUMENT_BYTES, np.dtype("<u4"), entry.documents)
@@ -112,17 +116,53 @@ class Split:
             _map(folder / shard_name(index), self._dtype, min(shard_tokens, entry.tokens - index * shard_tokens))
             for index in range(num_shards(entry.tokens, shard_tokens))
         ]
+        if int(self.offsets[0]) != 0 or int(self.offsets[-1]) != entry.tokens:
+            what = f"must be bounds from 0 to {entry.tokens}"
+            raise DataError(problem(str(folder / OFFSETS), "", what, "the file was altered", RESTORE))
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Copy tokens start..stop-1 of the split (tokens), in the store's own type."""
+        """Copy tokens start..stop-1 of the split (tokens), in the store's own type.
+
+        Raises DataError for a file that was cut since it was mapped, which would end the process, and for a token that
+        the tokenizer doesn't have, which would end in an index error of the embedding.
+        """
         assert 0 <= start <= stop <= self.num_tokens, f"tokens {start}..{stop} of {self.num_tokens}"
         size, out, filled = self._shard_tokens, np.empty(stop - start, dtype=self._dtype), 0
         while start < stop:
             shard, begin = divmod(start, size)
-            piece = self._shards[shard][begin : begin + stop - start]
-            out[filled : filled + len(piece)] = piece
+            mapped = self._shards[shard]
+            file: Any = mapped.base  # an mmap, which knows how large its file is now
+            if file.size() < mapped.nbytes:
+                what = f"has {file.size()} bytes, the manifest says {mapped.nbytes}"
+                raise DataError(problem(self._where(shard), "", what, "it was cut while it was read", RESTORE))
+            piece = out[filled : filled + min(stop - start, size - begin)]
+            piece[:] = mapped[begin : begin + len(piece)]
+            if int(piece.max()) >= self._vocab_size:
+                wrong = int(np.argmax(piece >= self._vocab_size))
+                what = f"must be below {self._vocab_size}, the tokens of the tokenizer"
+                at = f"{self._where(shard)}: token {begin + wrong}"
+                raise DataError(problem(at, int(piece[wrong]), what, "the file was altered", RESTORE))
             start, filled = start + len(piece), filled + len(piece)
         return out
+
+    def _where(self, shard: int) -> str:
+        return str(self.folder / shard_name(shard))
+
+    def rot(self) -> None:
+        """Make all tokens such as no tokenizer has, for this process only: a corrupt store, for fault.inject.
+
+        Copied on write: what is read takes memory from here on, so this is for small stores.
+        """
+        for index, shard in enumerate(self._shards):
+            path = self.folder / shard_name(index)
+            rotten = np.memmap(path, dtype=self._dtype, mode="c", shape=shard.shape)
+            rotten[:] = np.iinfo(self._dtype).max
+            self._shards[index] = rotten
+
+    def check_bounds(self) -> None:
+        """Raise DataError unless documents follow each other; reads all of their bounds."""
+        if bool((self.offsets[1:] < self.offsets[:-1]).any()):
+            raise DataError(problem(str(self.folder / OFFSETS), "", "must rise", "the file was altered", RESTORE))
 
     @property
     def has_targets(self) -> bool:
@@ -146,7 +186,7 @@ class TokenStore:
         self.tokenizer_folder = path / TOKENIZER
         self.fingerprint = manifest.fingerprint
         self._splits = {
-            name: Split(path / name, entry, manifest.dtype, manifest.shard_tokens)
+            name: Split(path / name, entry, manifest.dtype, manifest.shard_tokens, manifest.tokenizer.vocab_size)
             for name, entry in manifest.splits.items()
         }
 
@@ -195,13 +235,15 @@ def read_manifest(path: Path) -> StoreManifest:
         what = "is not a token store" if path.exists() else "no such token store"
         raise DataError(problem(str(path), "", what, f"{MANIFEST} is missing" if path.exists() else "", do)) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(problem(str(where), "", "can't be read", str(error))) from None
+        raise DataError(problem(str(where), "", "can't be read", str(error), "Prepare the store again.")) from None
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(problem(str(where), "", "is not JSON", str(error), "Prepare the store again.")) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DataError(problem(str(where), "", "is not the manifest of a token store"))
+        raise DataError(
+            problem(str(where), "", "is not the manifest of a token store", do="Make one with tools/prepare.py.")
+        )
     if content.get("version") != VERSION:
         do = "Prepare the store again."
         raise DataError(problem(f"{where}: version", content.get("version"), f"this Ropewalk reads {VERSION}", do=do))
@@ -221,7 +263,9 @@ def check_files(path: Path, manifest: StoreManifest, verify: Literal["size", "fu
         file = path / name
         try:
             size = file.stat().st_size
-            if size != entry.size:
+            if not file.resolve().is_relative_to(path.resolve()):
+                problems.append(f"{name} leads out of the store")
+            elif size != entry.size:
                 problems.append(f"{name} has {size} bytes, the manifest says {entry.size}")
             elif verify == "full" and hash_file(file) != entry.sha256:
                 problems.append(f"{name} was altered: another sha256 than the manifest says")
@@ -257,6 +301,7 @@ def _build(content: dict[str, Any]) -> StoreManifest:
               for name in SPLITS}  # fmt: skip
     manifest = StoreManifest(content["dtype"], content["shard_tokens"], tokenizer, splits, content["preparation"])
     item = DTYPES[manifest.dtype].itemsize
+    _check_numbers(manifest)
     if TOKEN_BYTES not in tokenizer.files or tokenizer.files[TOKEN_BYTES].size != 2 * tokenizer.vocab_size:
         raise ValueError(f"{TOKEN_BYTES} is not of {tokenizer.vocab_size} tokens")
     for name, split in splits.items():
@@ -271,6 +316,23 @@ def _build(content: dict[str, Any]) -> StoreManifest:
     if manifest.fingerprint != content["fingerprint"]:
         raise ValueError("another fingerprint than its content has")
     return manifest
+
+
+def _check_numbers(manifest: StoreManifest) -> None:
+    """ValueError for what no store can hold; whoever counts by these numbers may then trust them."""
+    tokenizer, counts = manifest.tokenizer, {"shard_tokens": manifest.shard_tokens - 1}
+    ids = {"eos_id": tokenizer.eos_id, "bos_id": 0 if tokenizer.bos_id is None else tokenizer.bos_id}
+    for name, split in manifest.splits.items():
+        counts |= {f"{name}: {key}": getattr(split, key) for key in ("documents", "tokens", "bytes")}
+        if manifest.shard_tokens < 1 or num_shards(split.tokens, manifest.shard_tokens) > len(split.files):
+            raise ValueError(f"{name}: {split.tokens} tokens are more than its files hold")
+    counts |= ids | {"prefix_bytes": tokenizer.prefix_bytes, "vocab_size": tokenizer.vocab_size - 1}
+    counts |= {file: entry.size for file, entry in all_files(manifest).items()}
+    wrong = [name for name, count in counts.items() if type(count) is not int or not 0 <= count < 1 << 62]
+    wrong += [name for name, token in ids.items() if token not in range(tokenizer.vocab_size)]
+    wrong += [file for file, entry in all_files(manifest).items() if not re.fullmatch(r"[0-9a-f]{64}", entry.sha256)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is out of range")
 
 
 def _entries(files: dict[str, Any]) -> dict[str, FileEntry]:

@@ -21,6 +21,7 @@ from engine.data.tokenizer_backends import EOS_NAMES, Places, TokenizerKind, loa
 from engine.files import hash_file
 
 CONFIG = "tokenizer_config.json"
+GIVE = "Give a sentencepiece .model or a tokenizer.json, or a folder with one."
 _BESIDE = ("special_tokens_map.json", "chat_template.jinja")
 _INCOMPLETE = "\ufffd"  # what a decoder puts where a character's bytes are not all there
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -186,11 +187,11 @@ def _find(path: Path) -> Path:
         models = sorted(path.glob("*.model"))
         if len(models) == 1:
             return models[0]
-        raise DataError(problem(str(path), "", "holds neither tokenizer.json nor tokenizer.model"))
+        raise DataError(problem(str(path), "", "holds neither tokenizer.json nor tokenizer.model", do=GIVE))
     if not path.is_file():
-        raise DataError(problem(str(path), "", "no such tokenizer"))
+        raise DataError(problem(str(path), "", "no such tokenizer", do=GIVE))
     if path.suffix not in (".model", ".json"):
-        raise DataError(problem(str(path), "", "a tokenizer is a sentencepiece .model or a tokenizer.json"))
+        raise DataError(problem(str(path), "", "is of another kind", do=GIVE))
     return path
 
 
@@ -200,8 +201,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise DataError(problem(str(path), "", "is not JSON", str(error))) from None
-    return settings if isinstance(settings, dict) else {}
+        raise DataError(problem(str(path), "", "is not JSON", str(error), "Fetch it again.")) from None
+    if not isinstance(settings, dict):
+        raise DataError(problem(str(path), "", f"must be a JSON object, not a {type(settings).__name__}"))
+    return settings
 
 
 def _token_name(value: Any) -> str:

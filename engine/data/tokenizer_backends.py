@@ -19,6 +19,8 @@ from configs.errors import DataError, problem
 EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<\uff5cend\u2581of\u2581sentence\uff5c>")
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<\uff5cbegin\u2581of\u2581sentence\uff5c>")
 _SPACE = "\u2581"  # how sentencepiece writes a space
+MAX_VOCAB = 1 << 24
+"""Tables are made of as many entries as there are tokens; sentencepiece itself reads no number of over 31 bits."""
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 TokenizerKind = Literal["sentencepiece", "huggingface"]
@@ -173,6 +175,9 @@ class _HuggingFace:
         self._tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
         self._parts = json.loads(text)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if self.vocab_size > MAX_VOCAB:
+            what = f"names token {self.vocab_size - 1}, and no tokenizer has more than {MAX_VOCAB}"
+            raise DataError(problem(str(path), "", what, do="Fetch it again."))
         self.default_eos = self._first(EOS_NAMES)
         self.default_bos = self._first(BOS_NAMES)
 

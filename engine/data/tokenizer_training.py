@@ -15,6 +15,7 @@ from configs.errors import ConfigError, DataError, problem
 from engine.data.examples import Fields, sample_text
 from engine.data.records import read_records
 from engine.data.sources import Corpus
+from engine.data.tokenizer_backends import MAX_VOCAB
 
 SAMPLE_BYTES_PER_TOKEN = 2048
 """Text that a token of the vocabulary is learned from: 8 MiB for 4,096 tokens, a second of training."""
@@ -66,6 +67,8 @@ def check_vocab(vocab_size: int) -> None:
     if vocab_size < MIN_VOCAB:
         why = f"{_NUM_SPECIAL} special tokens and 256 bytes come first"
         raise ConfigError(problem("--train-tokenizer", vocab_size, f"must be at least {MIN_VOCAB}", why))
+    if vocab_size > MAX_VOCAB:
+        raise ConfigError(problem("--train-tokenizer", vocab_size, f"must be at most {MAX_VOCAB}"))
 
 
 def sample_texts(

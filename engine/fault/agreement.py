@@ -15,10 +15,9 @@ from engine.fault.stop import TIME_LIMIT, StopRequests
 class StopAgreement:
     """Finds, after each step, whether any rank was asked to stop; every method is collective."""
 
-    def __init__(self, requests: StopRequests, group: dist.ProcessGroup | None, time_limit_s: float = 0.0) -> None:
-        """Agree in `group`, a gloo group of its own; None is a single process. The time counts from here."""
-        self._requests, self._group = requests, group
-        self._ends_at = time.monotonic() + time_limit_s if time_limit_s else None
+    def __init__(self, requests: StopRequests, group: dist.ProcessGroup | None, ends_at: float | None = None) -> None:
+        """Agree in `group`, a gloo group of its own; None is a single process. `ends_at` is on time.monotonic()."""
+        self._requests, self._group, self._ends_at = requests, group, ends_at
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
         self._code = 0
 

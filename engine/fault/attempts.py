@@ -12,26 +12,28 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from configs.errors import RunError, problem
-from engine.fault.record import read_faults as read_lines
+from engine.fault.record import append_line, read_lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """What the launcher knows of this start of the run."""
 
-    began: float = 0.0
-    """time.monotonic() when the process began."""
+    began: float = field(default_factory=time.monotonic)
+    """On time.monotonic()."""
     started_by: str = "nothing"
     restart_count: int = 0
     """Automatic restarts by torchrun or SLURM since somebody last started the run by hand."""
     job: str = ""
     """SLURM's job id."""
     world_size: int = 1
+    redact: Callable[[str], str] = str
+    """Takes the secrets of the environment out of a text."""
 
 
 @dataclass(slots=True)
@@ -86,7 +88,7 @@ class Attempts:
         walls = {entry["attempt"]: entry["wall_s"] for entry in read_lines(self._history) if entry["event"] == "end"}
         self._earlier_wall_s = sum(walls.values())
         self.now = Progress(attempt=self.number, step=from_step, productive_s=productive_s)
-        fields = {name: value for name, value in asdict(self._start).items() if name != "began"}
+        fields = {name: value for name, value in asdict(self._start).items() if name not in ("began", "redact")}
         self._append(
             {"event": "start", "attempt": self.number, "time": time.time(), "host": socket.gethostname(),
              "pid": os.getpid(), "from_step": from_step, "lost_steps": lost, **fields}
@@ -97,7 +99,7 @@ class Attempts:
     def end(self, reason: str) -> None:
         """Write down how this start ended."""
         self.write_progress()
-        self._append({"event": "end", **asdict(self.now), "reason": reason})
+        self._append({"event": "end", **asdict(self.now), "reason": self._start.redact(reason)})
 
     def advance(self, step: int, productive_s: float) -> None:
         """Note a step and the productive time up to it; cheap, and written by `write_progress`."""
@@ -107,8 +109,11 @@ class Attempts:
         """Write down where this start stands; the sentinel calls it every second."""
         self.now.wall_s = self.wall_s()
         temporary = self._progress.with_name(".progress.json.tmp")
-        _if_possible(lambda: temporary.write_text(json.dumps(asdict(self.now)) + "\n"))
-        _if_possible(lambda: os.replace(temporary, self._progress))
+        try:  # a run is worth more than its history
+            temporary.write_text(json.dumps(asdict(self.now)) + "\n")
+            os.replace(temporary, self._progress)
+        except OSError:
+            return
 
     def wall_s(self) -> float:
         """Seconds since this start began."""
@@ -119,22 +124,10 @@ class Attempts:
         return self.now.productive_s / max(self._earlier_wall_s + self.wall_s(), 1e-9)
 
     def _append(self, entry: dict[str, Any]) -> None:
-        def append() -> None:
-            with self._history.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-
-        _if_possible(append)
+        append_line(self._history, json.dumps(entry))
 
     def _read_progress(self) -> Progress | None:
         try:
             return Progress(**json.loads(self._progress.read_text()))
         except (OSError, ValueError, TypeError):
             return None
-
-
-def _if_possible(work: Callable[[], object]) -> None:
-    """A run is worth more than its history: a full disk is told by what must be written."""
-    try:
-        work()
-    except OSError:
-        return

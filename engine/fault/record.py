@@ -58,13 +58,13 @@ class FaultLog:
     ) -> None:
         """Append to `path` (runs/NAME/faults.jsonl) and tell `say`; `redact` takes secrets out of both."""
         self._path, self.rank, self._say, self.attempt = path, rank, say, attempt
-        self._redact = redact
+        self.redact = redact
 
     def take(self, fault: Fault, *, said: bool = True) -> None:
         """Record a fault and say it, prefixed by its kind; with `said` False somebody else says it."""
-        append_fault(self._path, fault, self._redact)
+        append_fault(self._path, fault, self.redact)
         if said:
-            self._say(self._redact(f"{fault.kind}: {fault.line()}"))
+            self._say(self.redact(f"{fault.kind}: {fault.line()}"))
 
     def own(self, kind: str, what: str, did: str, do: str = "", *, step: int | None = None, file: str = "",
             said: bool = True, **more: Any) -> None:  # fmt: skip
@@ -76,20 +76,25 @@ class FaultLog:
 
 def append_fault(path: Path, fault: Fault, redact: Callable[[str], str] = str) -> None:
     """Append one line to faults.jsonl; a record that can't be written is left out."""
-    content = {"time": time.time(), **asdict(fault)}
-    line = redact(json.dumps(content)) + "\n"
+    append_line(path, redact(json.dumps({"time": time.time(), **asdict(fault)})))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line in one write, after a torn one on a line of its own; where that is impossible, leave it out."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            os.write(descriptor, line.encode())
+            size = os.fstat(descriptor).st_size
+            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            os.write(descriptor, (torn * "\n" + line + "\n").encode())
         finally:
             os.close(descriptor)
     except OSError:
         return
 
 
-def read_faults(path: Path) -> list[dict[str, Any]]:
-    """Read faults.jsonl; lines that a crash tore are left out."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON objects, one a line, as faults.jsonl; lines that a crash tore are left out."""
     if not path.exists():
         return []
     found = []

@@ -202,7 +202,7 @@ def test_a_disk_without_room_is_refused_before_writing(tmp_path: Path, monkeypat
 def test_a_folder_that_cannot_be_written_is_told_on_all_ranks_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     dist.barrier()
-    with pytest.raises(CheckpointError, match=r"file/checkpoints: Not a directory \(errno 20\)"):
+    with pytest.raises(CheckpointError, match=r"file/checkpoints: can't be written: Not a directory \(errno 20\)"):
         Checkpointer(tmp_path / "file" / "checkpoints", config())
 
 

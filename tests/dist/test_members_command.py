@@ -122,4 +122,4 @@ def test_a_member_that_diverges_ends_the_run_by_name(workplace: Path) -> None:
     code, output = run_to_end(workplace, 1, *argv)
     assert code == 1, output
     assert ": member 'b': loss " in output and "member 'a'" not in output
-    assert "must be finite (the update was not applied; the newest checkpoint is from before it)" in output
+    assert "must be finite (no update of theirs was applied; a run of several members doesn't go back, for " in output

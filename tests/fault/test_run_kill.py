@@ -15,10 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from engine.checkpoint.checkpointer import open_checkpoint
-from tests.runs import SCRIPT, STEPS, Processes, last_step, make_workplace, run_to_end, steps_of
+from tests.runs import SCRIPT, STEPS, Processes, assert_same_end, last_step, make_workplace, run_to_end, steps_of
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +34,6 @@ def whole(workplace: Path) -> Path:
     assert [line[1] for line in steps_of(run) if line[0] == "step"] == list(range(1, STEPS + 1))
     assert [line[1] for line in steps_of(run) if line[0] == "eval"] == evaluated
     return run
-
-
-def assert_same_end(run: Path, whole: Path) -> None:
-    assert steps_of(run) == steps_of(whole)
-    found, expected = open_checkpoint(run / "checkpoints"), open_checkpoint(whole / "checkpoints")
-    assert found.step == expected.step == STEPS
-    assert found.names("") == expected.names("")
-    for name in expected.names(""):
-        assert torch.equal(found.read(name), expected.read(name)), name
 
 
 def stop_while_saving(processes: Processes, checkpoints: Path, step: int) -> None:

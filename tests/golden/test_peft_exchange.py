@@ -271,7 +271,7 @@ def test_base_weights_beside_an_adapter_must_be_the_bases(tmp_path: Path) -> Non
     save_file(tensors, file)
     weights = AdapterWeights(tmp_path / "peft", config)
     text = (
-        f"{tmp_path / 'peft'}: the adapter does not fit:\n"
+        f"{tmp_path / 'peft'}: the adapter does not fit; use the base and the settings that it was trained with:\n"
         "  base_model.model.lm_head.base_layer.weight (67, 32): a weight of the base, and not what the base has"
     )
     with pytest.raises(Exception, match="the adapter does not fit") as caught:

@@ -115,8 +115,8 @@ def test_missing_files_are_named_with_what_to_do(file: Path) -> None:
         "adapter_model.safetensors.",
         "data.stores.0.path = 'data/x': no such token store. Make it with tools/prepare.py, or set "
         "data.stores.0.sources and a tokenizer.",
-        "data.stores.1.sources = 'texts': no such file or folder.",
-        "data.stores.1.tokenizer = 't.model': no such file.",
+        "data.stores.1.sources = 'texts': no such file or folder. Give what is there to be read.",
+        "data.stores.1.tokenizer = 't.model': no such file. Give a .model or tokenizer.json.",
     ]
     Path("data/x").mkdir(parents=True)
     Path("b").mkdir()

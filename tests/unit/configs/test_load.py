@@ -135,8 +135,8 @@ def test_an_integer_beyond_64_bits_is_refused(file: Path) -> None:
         ("[run]\nsteps = 1\nsteps = 2\n", "x.toml:3: a key or section is given twice. Keep one."),
         ("[run]\nsteps = 1\nsteps = 2", "x.toml:3: a key or section is given twice. Keep one."),
         ("[run]\nsteps = 1\n[run]\nseed = 2", "x.toml:3: a key or section is given twice. Keep one."),
-        ("[run]\nsteps = \n", "x.toml:2: not valid TOML: invalid value."),
-        ("[run]\nsteps: 4\n", "x.toml:2: not valid TOML: expected '=' after a key in a key/value pair."),
+        ("[run]\nsteps = \n", "x.toml:2: not valid TOML: invalid value. Correct that."),
+        ("[run]\nsteps: 4\n", "x.toml:2: not valid TOML: expected '=' after a key in a key/value pair. Correct that."),
     ],
 )
 def test_broken_toml_is_refused_with_its_line(file: Path, text: str, expected: str) -> None:
@@ -146,7 +146,7 @@ def test_broken_toml_is_refused_with_its_line(file: Path, text: str, expected: s
 
 def test_a_file_that_is_not_utf8_is_refused(file: Path) -> None:
     file.write_bytes(b"[run]\nname = '\xff'\n")
-    assert problems(file) == ["x.toml: is not UTF-8 text (byte 14)."]
+    assert problems(file) == ["x.toml: is not UTF-8 text (byte 14). Save it as UTF-8."]
 
 
 def test_a_byte_order_mark_and_crlf_are_accepted(file: Path) -> None:

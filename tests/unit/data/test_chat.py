@@ -5,7 +5,7 @@ from datetime import datetime
 import pytest
 
 from configs.errors import DataError
-from engine.data.chat import ChatTemplate, RenderError
+from engine.data.chat import GIVE, ChatTemplate, RenderError
 
 EOS = "<|end|>"
 TURNS = [
@@ -103,7 +103,7 @@ def test_what_is_no_template_is_refused() -> None:
     with pytest.raises(DataError) as caught:
         template("{% for %}")
     why = "Expected an expression, got 'end of statement block'"
-    assert str(caught.value) == f"a.jinja: is not a chat template ({why})."
+    assert str(caught.value) == f"a.jinja: is not a chat template ({why}). {GIVE}"
 
 
 @pytest.mark.parametrize(

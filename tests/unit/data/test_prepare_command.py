@@ -75,7 +75,7 @@ def test_refusals_are_one_line_without_a_traceback(folder: Path, tmp_path: Path)
     cases = {
         ("nowhere", "--out", str(tmp_path / "s"), "--train-tokenizer", "300"): (
             1,
-            "error: nowhere: no such file or folder.\n",
+            "error: nowhere: no such file or folder. Give files or folders that are there.\n",
         ),
         (str(folder), "--out", str(tmp_path / "s"), "--train-tokenizer", "3"): (
             2,

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from configs.errors import ConfigError, DataError
 from engine.data.examples import Fields
 from engine.data.sources import find_files
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer import GIVE, Tokenizer
 from engine.data.tokenizer_training import sample_texts, train_tokenizer
 
 TEXT = "def f(x):\n\n    return {'a': x}\t# caf\u00e9 \U0001f642\r\n\n\n  </s> <|endoftext|> \u2581 end  "
@@ -119,7 +119,7 @@ def test_llama_2_style_spaces_count_one_byte_too_many(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.txt", b"x", "{path}: a tokenizer is a sentencepiece .model or a tokenizer.json."),
+        ("a.txt", b"x", "{path}: is of another kind. Give a sentencepiece .model or a tokenizer.json, or a folder with one."),
         (
             "a.model",
             b"IQ== 0\n",
@@ -146,10 +146,10 @@ def test_json_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_missing_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         Tokenizer(tmp_path / "no.model")
-    assert str(caught.value) == f"{tmp_path}/no.model: no such tokenizer."
+    assert str(caught.value) == f"{tmp_path}/no.model: no such tokenizer. {GIVE}"
     with pytest.raises(DataError) as caught:
         Tokenizer(tmp_path)
-    assert str(caught.value) == f"{tmp_path}: holds neither tokenizer.json nor tokenizer.model."
+    assert str(caught.value) == f"{tmp_path}: holds neither tokenizer.json nor tokenizer.model. {GIVE}"
 
 
 # ------------------------------------------------------------------------------------------------------------- training

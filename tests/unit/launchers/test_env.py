@@ -130,6 +130,12 @@ def test_a_run_on_one_node_meets_on_loopback_unless_told_otherwise() -> None:
     assert "GLOO_SOCKET_IFNAME" not in environment_of(read_launch(TORCHRUN), {})
 
 
+def test_torch_writes_no_pickle_of_its_own_when_a_collective_hangs() -> None:
+    launch, name = read_launch(TORCHRUN), "TORCH_NCCL_DUMP_ON_TIMEOUT"
+    assert environment_of(launch, {})[name] == "0"
+    assert name not in environment_of(launch, {name: "1"})
+
+
 @pytest.mark.parametrize(("configured", "ranks", "cores", "threads"), [(0, 2, 8, 4), (0, 8, 2, 1), (3, 2, 8, 3)])
 def test_cores_are_shared_evenly_among_ranks(configured: int, ranks: int, cores: int, threads: int) -> None:
     assert threads_per_rank(configured, ranks, cores) == threads

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import stat
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A config in a working folder of its own, and the store that it names."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").touch()
     (tmp_path / "small.toml").write_text(CONFIG)
     return "small.toml"
 
@@ -59,8 +61,16 @@ def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int
 # ---- what is submitted
 
 
-def test_dry_run_prints_one_torchrun_a_node(config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_dry_run_prints_one_torchrun_a_node(
+    config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name not in ("PATH", "HOME")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("NCCL_TOKEN", "secret")
+    monkeypatch.setenv("MINE", "1")
     options = ["--nodes", "2", "--gpus-per-node", "8", "--partition", "main", "--account", "me", "--time", "1:30:00"]
+    options += ["--export", "MINE"]
     more = ["--setup", "module load cuda", "--sbatch", "reservation=big", "--dry-run", "--run.device", "cuda"]
     text = _printed([config, *options, *more], capsys)
     folder = f"{tmp_path}/runs/small/slurm"
@@ -74,6 +84,7 @@ def test_dry_run_prints_one_torchrun_a_node(config: str, capsys: pytest.CaptureF
 # Parameters
 #SBATCH --account=me
 #SBATCH --cpus-per-task=32
+#SBATCH --export=ALL
 #SBATCH --gpus-per-node=8
 #SBATCH --job-name=small
 #SBATCH --nodes=2
@@ -95,10 +106,11 @@ export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output {folder}/%j/%j_%t_log.out --kill-on-bad-exit=1 --wait=60 --cpus-per-task=32 \
 {sys.executable} -u -m submitit.core._submit {folder}/%j
 
+# variables of this shell that the job gets: HOME MINE NCCL_DEBUG PATH
 # 16 ranks; in {tmp_path} each of the 2 tasks runs
 #   {sys.executable} -m torch.distributed.run --nnodes=2 --nproc-per-node=8 --node-rank=$SLURM_NODEID \
 --master-addr=<first host of $SLURM_JOB_NODELIST> --master-port=<from job id and restart count> --max-restarts=0 \
-{train} {copy} --run.device cuda
+--signals-to-handle=SIGINT {train} {copy} --run.device cuda
 """
     )
     assert {path.name for path in tmp_path.iterdir()} == {"small.toml", "store"}  # nothing was written
@@ -112,6 +124,14 @@ def test_dry_run_prints_one_task_a_gpu(config: str, capsys: pytest.CaptureFixtur
     assert "#SBATCH --gpus-per-node" not in text  # run.device is cpu
     assert "torch.distributed.run" not in text
     assert "# 8 ranks; in " in text
+
+
+def test_an_array_is_a_chain_of_jobs(config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ["--nodes", "1", "--gpus-per-node", "2", "--sbatch", "array=0-3%1", "--sbatch", "dependency=afterok:5"]
+    text = _printed([config, *options, "--dry-run"], capsys)
+    assert "#SBATCH --array=0-3%1\n" in text
+    assert "#SBATCH --dependency=afterok:5\n" in text
+    assert f"#SBATCH --output={tmp_path}/runs/small/slurm/%A_%a/%A_%a_0_log.out\n" in text
 
 
 def test_overrides_are_parted_from_options_wherever_they_stand() -> None:
@@ -150,6 +170,17 @@ def test_every_problem_of_options_and_config_is_listed(config: str, capsys: pyte
     ]
     assert lines[3].startswith("data.global_batch_size = 16: must be a multiple of the 9 ranks")
     assert lines[4].startswith("data.stores.0.path = 'lost': no such token store.")
+
+
+def test_options_that_a_run_can_not_have_are_refused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--sbatch", "array=0-3", "--sbatch", "export=ALL", "--export", "NOT_SET"]
+    assert _refused([config, "--nodes", "1", "--gpus-per-node", "2", *options], capsys).splitlines() == [
+        "error: --sbatch = 'array=0-3': must be array=0-N%1: one element after the other "
+        "(a run is one folder, which one job at a time may write). Submit runs of other names one by one.",
+        "--sbatch = 'export=ALL': is not passed on (a job gets variables on a list only). "
+        "Add variables by --export NAME.",
+        "--export = 'NOT_SET': is not set in this shell.",
+    ]
 
 
 def test_counts_below_their_least_are_refused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,20 +283,41 @@ def test_the_code_of_a_local_job_is_that_of_its_ranks(config: str, capsys: pytes
     assert _run_locally(config, "import os; os.kill(os.getpid(), 9)", options) == 137
 
 
-REQUEUED = """
-import os, pathlib, signal, threading
-if not pathlib.Path("first").exists():
-    pathlib.Path("first").touch()
-    os.kill(os.getpid(), signal.SIGUSR2)   # ignored here, as in every process below the task
-    os.kill(os.getppid(), signal.SIGUSR2)  # what SLURM sends before the time is up
-    threading.Event().wait()
-print("second start", flush=True)
+SIGNALLED = """
+import json, os, pathlib, signal, threading
+asked = threading.Event()
+signal.signal(signal.SIGUSR2, lambda *_: asked.set())
+run, first = pathlib.Path("runs/small"), not pathlib.Path("first").exists()
+pathlib.Path("first").touch()
+if first:
+    os.kill(os.getppid(), signal.SIGUSR2)  # what SLURM sends before the time is up, here to the task alone
+    asked.wait()
+number = 1 if first else 2
+for event in ("start", "end"):
+    with (run / "attempts.jsonl").open("a") as file:
+        line = {"event": event, "attempt": number, "from_step": 0, "job": "", "reason": "SIGUSR2" if first else "done"}
+        file.write(json.dumps(line) + chr(10))
 """
 
 
-def test_a_signalled_job_starts_again(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _run_locally(config, REQUEUED, ["--gpus-per-node", "1", "--tasks-per", "gpu"]) == 0
-    assert capsys.readouterr().out.count("second start") == 1
+def test_a_signal_reaches_the_ranks_and_the_job_starts_again(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run_locally(config, SIGNALLED, ["--gpus-per-node", "1", "--tasks-per", "gpu"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("attempt ")]
+    assert [" ".join(line.split()[:3]).split(":")[0] for line in lines] == [
+        "attempt 1",
+        "attempt 1 ended",
+        "attempt 2",
+        "attempt 2 ended",
+    ]
+    assert lines[1].endswith("s: exit code 0, SIGUSR2, saved step 0; queued again: signalled")
+    assert lines[3].endswith("s: exit code 0, saved step 0; not queued again: the run is done")
+
+
+def test_a_local_job_that_is_told_to_end_is_not_started_again(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    script = SIGNALLED.replace("os.getppid(), signal.SIGUSR2", "os.getppid(), signal.SIGTERM")
+    assert _run_locally(config, script, ["--gpus-per-node", "1", "--tasks-per", "gpu"]) == 0
+    last = capsys.readouterr().out.split("attempt 1 ended ")[1].splitlines()[0]
+    assert last.endswith("exit code 0, SIGTERM, saved step 0; not queued again: the run was stopped by SIGUSR2")
 
 
 def test_help_names_every_option() -> None:

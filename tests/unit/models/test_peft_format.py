@@ -184,7 +184,7 @@ def test_everything_that_does_not_fit_is_listed(folder: Path) -> None:
     del tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
     save_file(tensors, file)
     first, *lines = refusal(folder).splitlines()
-    assert first == "PEFT: the adapter does not fit:"
+    assert first == "PEFT: the adapter does not fit; use the base and the settings that it was trained with:"
     assert sorted(lines) == [
         "  missing: base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight (32, 4)",
         "  unexpected: base_model.model._orig_mod.model.layers.0.mlp.up_proj.lora_A.weight (4, 32)",
@@ -198,7 +198,7 @@ def test_a_missing_layer_is_an_error(folder: Path) -> None:
     """What is left of an adapter when one stage of a pipeline wrote it."""
     edit(folder, target_modules=["q_proj", "up_proj"])
     assert refusal(folder) == (
-        "PEFT: the adapter does not fit:\n"
+        "PEFT: the adapter does not fit; use the base and the settings that it was trained with:\n"
         "  missing: base_model.model.model.layers.0.mlp.up_proj.lora_A.weight (4, 32)\n"
         "  missing: base_model.model.model.layers.0.mlp.up_proj.lora_B.weight (48, 4)"
     )
@@ -216,7 +216,7 @@ def test_a_long_list_of_differences_is_cut(tmp_path: Path) -> None:
 def test_an_adapter_that_is_not_the_one_that_is_trained_is_refused(folder: Path) -> None:
     other = AdapterConfig(kind="lora", rank=4, alpha=16.0, targets=("q_proj", "o_proj"), rslora=True, dropout=0.5)
     assert refusal(folder, other) == (
-        "PEFT: the adapter does not fit:\n"
+        "PEFT: the adapter does not fit; use the base and the settings that it was trained with:\n"
         "  rslora: False in the folder, True in the run's adapter\n"
         "  layers.0.self_attn.q_proj: rank 4, alpha 8 in the folder, rank 4, alpha 16 in the run's adapter\n"
         "  layers.1.self_attn.q_proj: rank 4, alpha 8 in the folder, rank 4, alpha 16 in the run's adapter\n"
@@ -234,9 +234,9 @@ def test_an_adapter_that_is_not_the_one_that_is_trained_is_refused(folder: Path)
         ({"peft_type": ["LORA"]}, "peft_type = ['LORA']: must be one of LORA, PROMPT_TUNING, PREFIX_TUNING"),
         ({"task_type": "SEQ_CLS"}, "task_type = 'SEQ_CLS': must be 'CAUSAL_LM'."),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head']: is not supported (it changes what is comp"),
-        ({"layers_to_transform": [0]}, "layers_to_transform = [0]: is not supported (it changes what is computed)."),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out = True: is not supported (it changes what is computed)."),
-        ({"lora_bias": True}, "lora_bias = True: is not supported (it changes what is computed)."),
+        ({"layers_to_transform": [0]}, "layers_to_transform = [0]: is not supported (it changes what is computed). "),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out = True: is not supported (it changes what is computed). "),
+        ({"lora_bias": True}, "lora_bias = True: is not supported (it changes what is computed). "),
         ({"trainable_token_indices": [3]}, "trainable_token_indices = [3]: is not supported"),
         ({"exclude_modules": ["q_proj"]}, "exclude_modules = ['q_proj']: is not supported"),
         ({"a_field_of_tomorrow": 7}, "a_field_of_tomorrow = 7: is not known here (so it might change what is computed"
@@ -344,7 +344,7 @@ def test_an_adapter_that_is_not_finite_is_refused(folder: Path, tmp_path: Path, 
     tensors[f"{UP_PROJ}.lora_B.weight"][3, 1] = value
     save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, file)
     assert refusal(folder).splitlines() == [
-        "PEFT: the adapter does not fit:",
+        "PEFT: the adapter does not fit; use the base and the settings that it was trained with:",
         f"  not finite: {UP_PROJ}.lora_B.weight (48, 4), 1 of its values are NaN or infinite",
     ]
     prefix = AdapterConfig(kind="prefix", num_virtual_tokens=5)
@@ -374,6 +374,6 @@ def test_folders_that_hold_no_adapter_are_refused(folder: Path, tmp_path: Path) 
         "PEFT/adapter_config.json: not readable as JSON: it has 33,554,432 bytes. Fetch it again."
     )
     path.unlink()
-    text = "no such file (an adapter of PEFT's is a folder with an adapter_config.json in it)."
+    text = "no such file (an adapter of PEFT's is a folder with an adapter_config.json in it). Give that folder."
     assert refusal(folder) == f"PEFT/adapter_config.json: {text}"
     assert refusal(tmp_path / "gone") == "PEFT: no such folder. Give the folder that holds adapter_config.json."

@@ -188,7 +188,7 @@ def test_import_refuses_what_does_not_fit_and_writes_nothing(
     code, error = refusal(capsys, convert, "import", tmp_path / "hf", "--out", tmp_path / "x.toml")
     assert code == 1
     assert error.startswith(
-        f"error: {tmp_path / 'hf'}: the weights do not fit the model:\n  unexpected: model.layers.1."
+        f"error: {tmp_path / 'hf'}: the weights do not fit the model; fetch them again, or the config.json that they were saved with:\n  unexpected: model.layers.1."
     )
     assert not (tmp_path / "x.toml").exists()
 

@@ -127,6 +127,7 @@ def test_export_writes_the_adapter_alone(
     assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "checksums.json",
     ]
     config = make_config(LORA, base)
     weights = AdapterWeights(tmp_path / "peft", config.model)
@@ -376,7 +377,7 @@ def test_a_folder_of_pefts_without_its_json_is_told_apart(run: Path, tmp_path: P
     text = "is a folder of PEFT's, and a run is needed here. Give the run that it was exported from."
     assert refusal(capsys, "export", where, out) == (1, f"{where}: {text}")
     (where / "adapter_config.json").unlink()
-    text = "no such file (an adapter of PEFT's is a folder with an adapter_config.json in it)."
+    text = "no such file (an adapter of PEFT's is a folder with an adapter_config.json in it). Give that folder."
     for command in ("merge", "export"):
         assert refusal(capsys, command, where, out) == (1, f"{where / 'adapter_config.json'}: {text}")
 
@@ -436,7 +437,7 @@ def test_generate_with_and_without_the_adapter(run: Path, base: Path, tmp_path: 
     assert text(tmp_path / "peft") == text(base, "--adapter", tmp_path / "peft") != text(base)
     assert text(run, "--no-adapter", "--adapter", tmp_path / "peft") == adapted
     assert run_tool(generate, base, "--merged", "--tokenizer", tokenizer) == 2
-    assert capsys.readouterr().err == f"error: --merged: {base} has no adapter to merge.\n"
+    assert capsys.readouterr().err == f"error: --merged: {base} has no adapter to merge. Leave it out.\n"
 
 
 def test_learned_positions_stand_before_the_prompt(base: Path, tmp_path: Path, capsys: Any) -> None:

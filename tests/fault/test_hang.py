@@ -1,0 +1,204 @@
+"""Ranks that fall silent or are gone, and a launcher that is: found by the process beside them, which nobody told.
+
+Each fault is real: a stopped process, a thread that sleeps for ever, SIGKILL, a file that shrinks under its mapping.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from configs.faults import FaultConfig
+from engine.fault.record import read_lines
+from engine.fault.watch import watched
+from tests.ranks import RanksFailed, run_ranks
+from tests.runs import SCRIPT, Processes, last_step, make_workplace, run_to_end
+
+HANG = ("--fault.hang_min_s", "4")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workplace(tmp_path_factory.mktemp("workplace"))
+
+
+def inject(kind: str, **given: object) -> tuple[str, ...]:
+    return tuple(
+        word for name, value in {"kind": kind, **given}.items() for word in (f"--fault.inject.{name}", str(value))
+    )
+
+
+def faults_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [fault for fault in read_lines(run / "faults.jsonl") if fault["kind"] == kind]
+
+
+def assert_ended_by_watchdog(processes: Processes, run: Path) -> dict[str, Any]:
+    """Wait for the end; return the only hang there is on record, said word for word, with the stacks of all ranks."""
+    assert processes.join(end_all=False) == [-signal.SIGKILL] * len(processes.ranks), processes.output()
+    (fault,) = faults_of(run, "hang")
+    (said,) = re.findall(r"^hang: (.*)$", processes.output(), re.M)
+    assert said.startswith(fault["what"])
+    assert faults_of(run, "rank_lost") == []
+    folder = run.parents[1] / fault["more"]["folder"]
+    for rank in range(len(processes.ranks)):
+        stacks = (folder / f"rank-{rank:05d}.txt").read_text()
+        assert "launchers/train.py" in stacks.split("most recent call first")[-1], "the main thread comes last"
+    assert "Traceback" not in processes.output()
+    return fault
+
+
+def test_a_stopped_process_is_named_and_the_job_ends(workplace: Path) -> None:
+    run = workplace / "runs" / "stopped"
+    with Processes(workplace, 2, "--run.name", "stopped", "--run.steps", "2000", *HANG) as processes:
+        processes.until(lambda: last_step(run) >= 12)
+        pid = processes.ranks[1].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        fault = assert_ended_by_watchdog(processes, run)
+    assert (fault["rank"], fault["more"]["ranks"], fault["attempt"]) == (1, [1], 1)
+    assert fault["step"] >= 12
+    assert re.match(r"no step for \d+ s, \d+ s are allowed: rank 1 is behind, its process is stopped", fault["what"])
+
+
+def test_a_rank_that_hangs_outside_of_collectives_is_named_with_its_last_operation(workplace: Path) -> None:
+    run = workplace / "runs" / "hung"
+    with Processes(workplace, 2, "--run.name", "hung", *HANG, *inject("hang", rank=1, step=7)) as processes:
+        fault = assert_ended_by_watchdog(processes, run)
+    assert (fault["rank"], fault["step"]) == (1, 7)
+    assert re.search(
+        r"getting the data of step 7 at engine/fault/inject\.py:\d+ in _hang \(threading\.py:", fault["what"]
+    ), fault["what"]
+    assert re.search(r"its last collective: gloo:\w+ number \d+ \(done\)", fault["what"]), fault["what"]
+    folder = workplace / fault["more"]["folder"]
+    (node,) = folder.glob("node-*.json")
+    first, second = json.loads(node.read_text())
+    assert (first["waits"], second["waits"]) == (True, False)
+    for rank in range(2):
+        recorded = json.loads((folder / f"rank-{rank:05d}.json").read_text())["gloo"]["entries"]
+        assert {"collective_seq_id", "profiling_name", "state"} <= set(recorded[-1])
+
+
+def test_a_long_first_step_is_allowed(workplace: Path) -> None:
+    """Longer than any later step may take."""
+    slow = inject("straggle", rank=0, step=1, seconds=6)
+    code, output = run_to_end(workplace, 2, "--run.name", "slow", *HANG, *slow)
+    assert code == 0, output
+    assert not (workplace / "runs" / "slow" / "stacks").exists()
+    assert faults_of(workplace / "runs" / "slow", "hang") == []
+
+
+def watchdogs_of(run: Path | str) -> list[Path]:
+    """Return the folders in /proc of the processes that watch a run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # gone since
+            words = path.read_bytes().split(b"\0")
+            if b"engine.fault.watchdog" in words and str(run).encode() in words:
+                found.append(path.parent)
+    return found
+
+
+def memory_held_by_watchdogs_of(run: Path | str) -> list[Path]:
+    return [path for process in watchdogs_of(run) for path in hearts_in(process)]
+
+
+def hearts_in(process: Path) -> list[Path]:
+    """Return the descriptors of hearts that a process holds."""
+    found = []
+    for path in (process / "fd").iterdir():
+        with suppress(OSError):
+            if "memfd:beats" in os.readlink(path):
+                found.append(path)
+    return found
+
+
+def test_without_a_watchdog_there_is_no_process_and_no_memory_of_it(workplace: Path) -> None:
+    run = workplace / "runs" / "unwatched"
+    command = ("--run.name", "unwatched", "--run.steps", "2000", "--fault.watchdog", "false", "--fault.hang_min_s", "1")
+    with Processes(workplace, 2, *command) as processes:
+        processes.until(lambda: last_step(run) >= 3)
+        assert watchdogs_of("runs/unwatched") == []
+        assert hearts_in(Path(f"/proc/{processes.ranks[0].pid}")) == []
+
+
+def test_a_killed_rank_is_told_in_one_line(workplace: Path) -> None:
+    run = workplace / "runs" / "killed"
+    with Processes(workplace, 2, "--run.name", "killed", "--run.steps", "2000") as processes:
+        processes.until(lambda: last_step(run) >= 6)
+        assert len(watchdogs_of("runs/killed")) == 1
+        pid = processes.ranks[1].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        codes = processes.join(end_all=False)
+        until(lambda: "rank_lost" in processes.output())
+        (said,) = re.findall(r"^rank_lost: (.*)$", processes.output(), re.M)
+        until(lambda: not watchdogs_of("runs/killed"))
+    assert codes == [1, -signal.SIGKILL]
+    (fault,) = faults_of(run, "rank_lost")
+    where = f"rank 1 on {fault['host']}, step {fault['step']}"
+    assert said == f"was killed by SIGKILL ({where}). The job ends. The same command continues from the last checkpoint"
+    assert (fault["rank"], fault["more"]["ranks"], fault["more"]["signal"]) == (1, [1], "SIGKILL")
+    assert fault["step"] >= 6
+
+
+def read_under_a_shrinking_file(folder: str) -> None:
+    """One of two ranks reads a mapping of a file that another process has cut."""
+    with watched(FaultConfig(), Path(folder), under_torchrun=False) as heart:
+        heart.beat(3, "data")
+        file = Path(folder, f"mapped-{dist.get_rank()}")
+        file.write_bytes(b"1" * 100_000)
+        mapped = np.memmap(file, mode="r")
+        until(lambda: len(memory_held_by_watchdogs_of(folder)) == dist.get_world_size())
+        dist.barrier()
+        if dist.get_rank() == 1:
+            os.truncate(file, 0)
+            int(mapped[0])
+        dist.barrier()
+
+
+def test_a_file_that_shrinks_under_its_mapping_is_told_by_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RanksFailed, match="rank 1 of 2 was killed by SIGBUS"):
+        run_ranks(2, read_under_a_shrinking_file, str(tmp_path))
+    until(lambda: (tmp_path / "faults.jsonl").exists())
+    (fault,) = read_lines(tmp_path / "faults.jsonl")
+    assert (fault["kind"], fault["rank"], fault["step"], fault["more"]["signal"]) == ("rank_lost", 1, 3, "SIGBUS")
+    place = r"tests/fault/test_hang\.py:\d+ in read_under_a_shrinking_file \(memmap\.py:\d+ in \w+\)"
+    assert re.fullmatch(
+        rf"died of SIGBUS at {place}: a file that was mapped became shorter \(data store or weights\)", fault["what"]
+    )
+    assert "Fatal Python error: Bus error" in Path(fault["file"]).read_text()
+
+
+def test_ranks_without_their_torchrun_save_and_leave(workplace: Path) -> None:
+    run = workplace / "runs" / "orphaned"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(SCRIPT), "tiny.toml", "--run.name", "orphaned", "--run.steps", "5000"]
+    with subprocess.Popen(command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as agent:
+        until(lambda: last_step(run) >= 7 or agent.poll() is not None)
+        agent.kill()
+        # Ends when the last of those who hold its pipe has: the ranks, and the watchdog after them.
+        output = agent.communicate(timeout=120)[0].decode()
+    assert re.findall(r"^launcher_lost: (.*)$", output, re.M), output
+    (fault,) = faults_of(run, "launcher_lost")
+    assert fault["what"] == f"torchrun (process {agent.pid}) is gone, and its ranks were left alone"
+    assert re.search(r"stopped by SIGTERM after step (\d+) of 5000: saved step \1; the same command goes on", output)
+    assert faults_of(run, "rank_lost") == []
+    newest = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+    assert newest == last_step(run) >= 7
+
+
+def until(condition: Any, limit_s: float = 60.0) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, f"not so after {limit_s:g} s"
+        time.sleep(0.01)

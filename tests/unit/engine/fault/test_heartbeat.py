@@ -1,0 +1,77 @@
+"""How long a rank may be silent: learned from its steps, patient with what is done for the first time."""
+
+import os
+
+from configs.faults import FaultConfig
+from engine.fault.heartbeat import SIZE, Beat, Heart, Pulse
+
+FAULT = FaultConfig(first_step_timeout_s=1000, step_timeout_s=300, hang_min_s=10.0, hang_factor=5.0)
+
+
+class Rank:
+    """A heart with hands on its clock."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.heart = Heart(FAULT, clock=lambda: self.now)
+
+    def step(self, number: int, seconds: float, *more: tuple[str, float]) -> None:
+        """Take a step of a second for its data and so many seconds, and do more after it."""
+        for phase, takes in (("data", 1.0), ("step", seconds), *more):
+            self.heart.beat(number, phase)  # pyright: ignore[reportArgumentType]
+            self.now += takes
+
+    def allowed(self, number: int, phase: str) -> float:
+        self.heart.beat(number, phase)  # pyright: ignore[reportArgumentType]
+        return self.heart.pulse.read().allowed_s
+
+
+def test_what_is_done_for_the_first_time_may_take_long() -> None:
+    rank = Rank()
+    assert rank.heart.pulse.read().allowed_s == float("inf")
+    assert [rank.allowed(1, phase) for phase in ("data", "step", "record")] == [1000.0] * 3
+    assert [rank.allowed(2, phase) for phase in ("data", "step", "evaluate", "evaluate")] == [
+        10.0,
+        10.0,
+        1000.0,
+        1000.0,
+    ]
+    assert rank.allowed(3, "data") == 10.0
+    assert rank.allowed(3, "evaluate") == 10.0
+    assert [rank.allowed(3, phase) for phase in ("checkpoint", "end")] == [1000.0] * 2
+
+
+def test_patience_is_a_multiple_of_the_median_step_within_bounds() -> None:
+    rank = Rank()
+    rank.step(1, 900.0)
+    for number in range(2, 9):
+        rank.step(number, 3.0)
+    assert rank.allowed(9, "data") == 5.0 * 4.0
+    for number in range(9, 60):
+        rank.step(number, 0.5)
+    assert rank.allowed(60, "data") == 10.0
+    for number in range(60, 120):
+        rank.step(number, 90.0)
+    assert rank.allowed(120, "data") == 300.0
+
+
+def test_evaluations_and_saves_are_no_part_of_a_step() -> None:
+    rank = Rank()
+    for number in range(1, 40):
+        rank.step(number, 3.0, ("record", 1.0), ("evaluate", 200.0), ("evaluate", 300.0), ("checkpoint", 400.0))
+    assert rank.allowed(40, "data") == 5.0 * 5.0
+
+
+def test_another_process_reads_the_beats_and_asks() -> None:
+    """Through a second mapping of the same memory."""
+    file = os.memfd_create("beats")
+    os.ftruncate(file, SIZE)
+    heart, seen = Heart(FAULT, file, clock=lambda: 7.0), Pulse(os.dup(file))
+    heart.beat(12, "record")
+    assert seen.read() == Beat(step=12, phase="record", at=7.0, allowed_s=1000.0, gone=False)
+    seen.ask()
+    assert heart.pulse.open_question() == 1
+    heart.pulse.answer(1)
+    assert seen.open_question() == 0
+    heart.leave()
+    assert seen.read().gone

@@ -1,0 +1,202 @@
+"""The watchdog beside real processes that are no ranks of torch: nodes that judge together, and how processes ended.
+
+The processes beat as a rank does and then stand still.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.fault.ending import Ending, how_it_ended, oom_kills
+from engine.fault.record import read_lines
+
+RANK = """
+import faulthandler, json, os, signal, sys
+from configs.faults import FaultConfig
+from engine.fault.heartbeat import SIZE, Heart
+from engine.fault.watchdog import DUMP_SIGNAL
+rank, step, timeout_s, node = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+files = {name: os.memfd_create(name) for name in ("beats", "stacks", "collectives")}
+os.ftruncate(files["beats"], SIZE)
+heart = Heart(FaultConfig(first_step_timeout_s=timeout_s), files["beats"])
+faulthandler.register(DUMP_SIGNAL, files["stacks"])
+heart.beat(step, "step")
+print(json.dumps({"rank": rank, "pid": os.getpid(), "parent": 0, "host": node, "files": files}), flush=True)
+for line in sys.stdin:
+    heart.beat(step, "step")
+    if line == "leave\\n":
+        heart.leave()
+    print("done", flush=True)
+signal.pause()
+"""
+
+
+class Rank:
+    """A process that beats."""
+
+    def __init__(self, rank: int, step: int, timeout_s: int, node: str = "n1") -> None:
+        command = [sys.executable, "-c", RANK, str(rank), str(step), str(timeout_s), node]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.entry = json.loads(self.process.stdout.readline())
+
+    def tell(self, word: str) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "done\n"
+
+
+@contextmanager
+def started(*ranks: Rank) -> Iterator[None]:
+    with ExitStack() as stack:
+        for rank in ranks:
+            stack.enter_context(rank.process)
+            stack.callback(rank.process.kill)
+        yield
+
+
+@contextmanager
+def watchdog(run: Path, nodes: list[int], *ranks: Rank) -> Iterator["subprocess.Popen[str]"]:
+    job = {"run": str(run), "shown": "runs/x", "began": "now", "nodes": nodes, "ranks": [rank.entry for rank in ranks]}
+    command = [sys.executable, "-P", "-m", "engine.fault.watchdog", str(run)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(job))
+        process.stdin.close()
+        until(lambda: pids_in(process) >= {rank.process.pid for rank in ranks})
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def pids_in(process: "subprocess.Popen[str]") -> set[int]:
+    """Return the processes that a watchdog has got hold of."""
+    found: set[int] = set()
+    for path in Path(f"/proc/{process.pid}/fdinfo").glob("*"):
+        try:
+            words = path.read_text().split()
+        except OSError:
+            continue
+        if "Pid:" in words:
+            found.add(int(words[words.index("Pid:") + 1]))
+    return found
+
+
+def until(condition: Callable[[], Any], limit_s: float = 30.0) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, f"not so after {limit_s:g} s"
+        time.sleep(0.01)
+
+
+def said(process: "subprocess.Popen[str]") -> str:
+    assert process.stderr is not None
+    return process.stderr.read()
+
+
+def test_the_nodes_judge_together(tmp_path: Path) -> None:
+    """The rank that is behind is on the node whose own watchdog would have waited for half an hour."""
+    first, second = Rank(0, 5, 1, "n1"), Rank(1, 4, 1800, "n2")
+    with started(first, second), watchdog(tmp_path, [0, 1], first) as one, watchdog(tmp_path, [0, 1], second) as other:
+        assert (first.process.wait(30), second.process.wait(30)) == (-signal.SIGKILL, -signal.SIGKILL)
+        assert (one.wait(30), other.wait(30)) == (0, 0)
+        lines, others_lines = said(one).splitlines(), said(other)
+    (fault,) = read_lines(tmp_path / "faults.jsonl")
+    assert (fault["kind"], fault["rank"], fault["host"], fault["step"]) == ("hang", 1, "n2", 4)
+    assert len(lines) == 1 and lines[0].startswith("hang: no step for ") and others_lines == ""
+    found = {path.name for path in (tmp_path / "stacks" / "now").iterdir()}
+    assert found == {"node-00000.json", "node-00001.json", "rank-00000.txt", "rank-00001.txt", "verdict.json"}
+
+
+def test_a_job_that_was_suspended_is_no_silent_one(tmp_path: Path) -> None:
+    """Everything stood still, the watchdog with it, for longer than any rank may be silent."""
+    rank = Rank(0, 5, 3)
+    with started(rank), watchdog(tmp_path, [0], rank) as process:
+        for pid in (rank.process.pid, process.pid):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(4)  # what is tested is that time passes
+        for pid in (process.pid, rank.process.pid):
+            os.kill(pid, signal.SIGCONT)
+        rank.tell("beat")
+        rank.tell("leave")
+        assert process.wait(30) == 0
+        assert (said(process), rank.process.poll()) == ("", None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_that_are_killed_together_are_told_of_together(tmp_path: Path) -> None:
+    first, second = Rank(0, 5, 1800), Rank(1, 5, 1800)
+    with started(first, second), watchdog(tmp_path, [0], first, second) as process:
+        for rank in (first, second):
+            rank.process.kill()
+        assert process.wait(30) == 0
+        line = said(process)
+    (fault,) = read_lines(tmp_path / "faults.jsonl")
+    assert sorted(fault["more"]["ranks"]) == [0, 1]
+    assert line.startswith("rank_lost: was killed by SIGKILL, with ranks ") and line.count("\n") == 1
+
+
+def test_who_waits_for_a_lost_rank_is_ended_too(tmp_path: Path) -> None:
+    """As a rank does under NCCL, which tells nobody that a peer is gone."""
+    lost, waiting, leaving = Rank(0, 5, 1800), Rank(1, 5, 1800), Rank(2, 5, 1800)
+    with started(lost, waiting, leaving), watchdog(tmp_path, [0], lost, waiting, leaving) as process:
+        leaving.tell("leave")
+        lost.process.kill()
+        assert waiting.process.wait(30) == -signal.SIGKILL
+        assert process.wait(30) == 0
+        assert leaving.process.poll() is None
+    (fault,) = read_lines(tmp_path / "faults.jsonl")
+    assert (fault["kind"], fault["more"]["ranks"]) == ("rank_lost", [0])
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+@pytest.mark.parametrize(
+    ("command", "expected"), [("kill -9 $$", Ending(signal="SIGKILL")), ("exit 7", Ending(code=7))]
+)
+def test_how_a_process_ended_is_known_before_its_parent_waits_and_after(
+    command: str, expected: Ending, reaped: bool
+) -> None:
+    with subprocess.Popen(["sh", "-c", f"read line; {command}"], stdin=subprocess.PIPE) as child:
+        descriptor = os.pidfd_open(child.pid)
+        assert child.stdin is not None
+        child.stdin.close()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        if reaped:
+            child.wait()
+        found = how_it_ended(descriptor, child.pid, "")
+        os.close(descriptor)
+    # Linux before 6.15 forgets it with the parent's wait.
+    assert found == expected or (reaped and found == Ending())
+
+
+@pytest.mark.parametrize(
+    ("ending", "out_of_memory", "what"),
+    [
+        (Ending(signal="SIGKILL"), False, "was killed by SIGKILL"),
+        (Ending(signal="SIGKILL"), True, "was killed by SIGKILL, by the kernel's out-of-memory killer"),
+        (Ending(), False, "is gone without a word, as after SIGKILL"),
+        (Ending(code=3), False, "ended with exit code 3 and without a word"),
+        (Ending(signal="SIGTERM"), True, "was killed by SIGTERM"),
+        (Ending(signal="SIGSEGV", error="Segmentation fault", place="models/llama.py:3 in f"), True,
+         "died of SIGSEGV at models/llama.py:3 in f"),
+    ],
+)  # fmt: skip
+def test_an_ending_is_told_by_its_cause(ending: Ending, out_of_memory: bool, what: str) -> None:
+    told, do = ending.told(out_of_memory)
+    assert told == what
+    assert "continues from the last checkpoint" in do
+
+
+def test_the_kernel_counts_its_kills() -> None:
+    assert oom_kills() >= 0
