@@ -1,7 +1,7 @@
 """A run that is asked to stop saves and leaves with 0, all ranks after the same step; the same command goes on.
 
-However it is asked: by a signal to any one rank, a file, a time limit, before its first step or in the middle of a save.
-What comes of it in the end is what an undisturbed run comes to, bit for bit.
+However it is asked: by a signal to any one rank, a file, a time limit, before its first step or in the middle of a
+save. What comes of it in the end is what an undisturbed run comes to, bit for bit.
 """
 
 import os

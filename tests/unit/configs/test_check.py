@@ -118,8 +118,9 @@ def test_missing_files_are_named_with_what_to_do(file: Path) -> None:
         "data.stores.1.sources = 'texts': no such file or folder. Give what is there to be read.",
         "data.stores.1.tokenizer = 't.model': no such file. Give a .model or tokenizer.json.",
     ]
-    Path("data/x").mkdir(parents=True)
-    Path("b").mkdir()
+    for store in ("data/x", "b"):
+        Path(store).mkdir(parents=True)
+        Path(store, "manifest.json").touch()
     Path("hf").mkdir()
     Path("hf/config.json").touch()
     Path("peft").mkdir()

@@ -67,7 +67,10 @@ def test_missing_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(DataError) as caught:
         TokenStore.open(tmp_path)
-    assert str(caught.value) == f"{tmp_path}/manifest.json: is not the manifest of a token store. Make one with tools/prepare.py."
+    assert (
+        str(caught.value)
+        == f"{tmp_path}/manifest.json: is not the manifest of a token store. Make one with tools/prepare.py."
+    )
 
 
 def test_a_truncated_or_missing_file_is_named(make_store: Make, texts: list[str]) -> None:

@@ -119,7 +119,11 @@ def test_llama_2_style_spaces_count_one_byte_too_many(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.txt", b"x", "{path}: is of another kind. Give a sentencepiece .model or a tokenizer.json, or a folder with one."),
+        (
+            "a.txt",
+            b"x",
+            "{path}: is of another kind. Give a sentencepiece .model or a tokenizer.json, or a folder with one.",
+        ),
         (
             "a.model",
             b"IQ== 0\n",

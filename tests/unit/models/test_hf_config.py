@@ -126,8 +126,8 @@ def test_silent_fields_mean_what_transformers_assumes() -> None:
         ),
         (
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}},
-            "config.json: rope: high_freq_factor: missing.\n"
-            "config.json: rope: original_max_position_embeddings: missing.",
+            "config.json: rope: high_freq_factor: missing. Fetch it again.\n"
+            "config.json: rope: original_max_position_embeddings: missing. Fetch it again.",
         ),
         (
             {"quantization_config": {"bits": 4}},
@@ -140,9 +140,9 @@ def test_silent_fields_mean_what_transformers_assumes() -> None:
         ),
         (
             {"vocab_size": None, "hidden_size": "big", "num_hidden_layers": 0, "tie_word_embeddings": "no"},
-            "config.json: vocab_size: missing.\n"
-            "config.json: hidden_size = 'big': must be a positive whole number.\n"
-            "config.json: num_hidden_layers = 0: must be a positive whole number.\n"
+            "config.json: vocab_size: missing. Fetch it again.\n"
+            "config.json: hidden_size = 'big': must be a whole number from 1 to 16777216.\n"
+            "config.json: num_hidden_layers = 0: must be a whole number from 1 to 4096.\n"
             "config.json: tie_word_embeddings = 'no': must be true or false.",
         ),
         ({"num_key_value_heads": 3}, "config.json: num_key_value_heads = 3: must divide num_attention_heads = 4."),

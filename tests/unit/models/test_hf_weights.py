@@ -167,7 +167,8 @@ def test_everything_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> None:
     tensors["lm_head.weight"] = torch.zeros(17, 12, dtype=torch.int8)
     write_plain(tmp_path / "hf", make_config(), tensors)
     lines = refusal(tmp_path / "hf").splitlines()
-    assert lines[0] == f"{tmp_path / 'hf'}: the weights do not fit the model; fetch them again, or the config.json that they were saved with:"
+    do = "fetch them again, or the config.json that they were saved with"
+    assert lines[0] == f"{tmp_path / 'hf'}: the weights do not fit the model; {do}:"
     assert sorted(lines[1:]) == [
         "  missing: model.layers.1.mlp.up_proj.weight (20, 12)",
         "  unexpected: model.layers.0.self_attn.q_proj.bias (24,)",
@@ -207,7 +208,9 @@ def test_pickles_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_folder_without_weights_says_what_it_lacks(tmp_path: Path) -> None:
     write(tmp_path / "hf", make_config())
     (tmp_path / "hf" / "model.safetensors").unlink()
-    expected = f"{tmp_path / 'hf'}: holds neither model.safetensors nor model.safetensors.index.json. Fetch the folder again."
+    expected = (
+        f"{tmp_path / 'hf'}: holds neither model.safetensors nor model.safetensors.index.json. Fetch the folder again."
+    )
     assert refusal(tmp_path / "hf") == expected
 
 

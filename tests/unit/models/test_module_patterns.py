@@ -69,4 +69,6 @@ def test_long_and_many_patterns_are_refused_unread() -> None:
 def test_what_is_no_pattern_is_quoted_as_it_was_written() -> None:
     problems: list[str] = []
     assert compile_patterns(["a)(b"], "x", problems, r"(.*\.)?({})") == {}
-    assert problems == ["x = 'a)(b': not a regular expression: unbalanced parenthesis at position 1. List the modules by name instead."]
+    assert problems == [
+        "x = 'a)(b': not a regular expression: unbalanced parenthesis at position 1. List the modules by name instead."
+    ]

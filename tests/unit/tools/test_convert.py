@@ -187,9 +187,9 @@ def test_import_refuses_what_does_not_fit_and_writes_nothing(
     capsys.readouterr()
     code, error = refusal(capsys, convert, "import", tmp_path / "hf", "--out", tmp_path / "x.toml")
     assert code == 1
-    assert error.startswith(
-        f"error: {tmp_path / 'hf'}: the weights do not fit the model; fetch them again, or the config.json that they were saved with:\n  unexpected: model.layers.1."
-    )
+    do = "fetch them again, or the config.json that they were saved with"
+    head = f"error: {tmp_path / 'hf'}: the weights do not fit the model; {do}:\n  unexpected: model.layers.1."
+    assert error.startswith(head)
     assert not (tmp_path / "x.toml").exists()
 
 
