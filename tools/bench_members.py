@@ -23,9 +23,7 @@ from configs.check import resolve
 from configs.errors import ConfigError, RunError, problem
 from configs.load import load_config
 from configs.schema import Config
-from engine.data.batches import Batch
 from engine.data.members import joined
-from engine.step import train_step
 from launchers.env import usable_cores
 from tools.turns import OURS, Measured, Ours, add_turns, measure
 
@@ -44,23 +42,7 @@ class Together(Ours):
 
     def step(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Train one step; returns the loss of the first."""
-        size, optim = self.config.data.micro_batch_size, self.config.optim
-        parts = [
-            Batch(tokens=part, targets=wanted, positions=None, documents=None, num_bytes=0)
-            for part, wanted in zip(tokens.split(size), targets.split(size), strict=True)
-        ]
-        batches = [joined([part] * self._count) for part in parts]
-        result = train_step(
-            self.model,
-            self.optimizer,
-            self.forward_backward,
-            batches,
-            optim.lr,
-            optim.max_grad_norm,
-            self.layout,
-            self.guard,
-        )
-        return (result.loss_sum / result.num_tokens)[0]
+        return self.train([joined([part] * self._count) for part in self.microbatches(tokens, targets)])[0]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -20,6 +20,7 @@ import torch
 
 from configs.load import config_to_dict
 from configs.schema import Config
+from engine.data.batches import Batch
 from engine.memory import choose_base
 from engine.metrics import peak_memory_gib
 from engine.peaks import choose_peak, measured_gemm_tflops
@@ -71,24 +72,23 @@ class Ours:
 
     def step(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Train one step, in microbatches where the config asks for them."""
-        from engine.data.batches import Batch
-        from engine.step import train_step
+        return self.train(self.microbatches(tokens, targets))
 
+    def microbatches(self, tokens: torch.Tensor, targets: torch.Tensor) -> list[Batch]:
+        """Cut (batch, seq) tokens and targets into the config's microbatches."""
         size = self.config.data.micro_batch_size
-        batches = [
+        return [
             Batch(tokens=part, targets=wanted, positions=None, documents=None, num_bytes=0)
             for part, wanted in zip(tokens.split(size), targets.split(size), strict=True)
         ]
-        optim = self.config.optim
+
+    def train(self, batches: Sequence[Batch]) -> torch.Tensor:
+        """Train one step; return the loss, of each member where there are several."""
+        from engine.step import train_step
+
+        optim, passes = self.config.optim, self.forward_backward
         result = train_step(
-            self.model,
-            self.optimizer,
-            self.forward_backward,
-            batches,
-            optim.lr,
-            optim.max_grad_norm,
-            self.layout,
-            self.guard,
+            self.model, self.optimizer, passes, batches, optim.lr, optim.max_grad_norm, self.layout, self.guard
         )
         return result.loss_sum / result.num_tokens
 

@@ -366,13 +366,14 @@ def limit_files(num_bytes: int) -> None:
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_checkpoint_that_can_not_be_written(workplace: Path, asynchronous: str) -> None:
+    """The third failure in a row, as checkpoint.max_failures has it, ends the run."""
     argv = ("--checkpoint.asynchronous", asynchronous)
     code, output = run_to_end(workplace, 2, *argv, limits=partial(limit_files, 30_000))
     assert code == 1
     found = re.search(r"error: (.*)\n", output)
     assert found is not None, output
     assert re.fullmatch(
-        r"checkpoint of step 5: rank [01]: runs/tiny/checkpoints/\.tmp-step-00000005-[0-9a-f]{8}/"
+        r"checkpoint of step 15: rank [01]: runs/tiny/checkpoints/\.tmp-step-00000015-[0-9a-f]{8}/"
         r"(model|optimizer)-rank-0000[01]\.safetensors: File too large \(errno 27\) "
         r"\(earlier checkpoints are untouched\)",
         found[1],

@@ -18,7 +18,7 @@ from configs.faults import InjectConfig
 from engine.fault.plan import plan_faults
 from engine.fault.record import read_lines
 from engine.metrics_log import read_metrics
-from tests.runs import STEPS, Processes, assert_same_end, make_workplace, run_to_end
+from tests.runs import STEPS, Processes, assert_same_end, run_to_end
 
 LONG, KILLED = 60, -signal.SIGKILL
 DAMAGE = {
@@ -41,19 +41,6 @@ SURVIVED: list[tuple[str, int, int, list[int], str, str]] = [
     ("remove_checkpoint_file", 1, 52, [1, KILLED], "", "rank_lost"),
     ("swap_checkpoint_files", 1, 57, [1, KILLED], "", "rank_lost"),
 ]
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workplace(tmp_path_factory.mktemp("workplace"))
-
-
-@pytest.fixture(scope="module")
-def whole(workplace: Path) -> Path:
-    """The folder of the run that nobody disturbed."""
-    code, output = run_to_end(workplace, 2, "--run.name", "whole")
-    assert code == 0, output
-    return workplace / "runs" / "whole"
 
 
 @pytest.fixture(scope="module")

@@ -22,14 +22,9 @@ from configs.faults import FaultConfig
 from engine.fault.record import read_lines
 from engine.fault.watch import watched
 from tests.ranks import RanksFailed, run_ranks
-from tests.runs import SCRIPT, Processes, last_step, make_workplace, run_to_end
+from tests.runs import SCRIPT, Processes, last_step, run_to_end
 
 HANG = ("--fault.hang_min_s", "4")
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workplace(tmp_path_factory.mktemp("workplace"))
 
 
 def inject(kind: str, **given: object) -> tuple[str, ...]:

@@ -19,15 +19,10 @@ from configs.check import resolve
 from configs.load import load_config
 from engine.fault.memory_snapshot import advice, asked_bytes, free_bytes, host_memory, is_out_of_memory
 from engine.fault.record import read_lines
-from tests.runs import make_workplace, run_to_end
+from tests.runs import run_to_end
 
 ALLOWED_BYTES = 3 << 29
 """What a process may map beyond what it has when it starts: enough for a tiny run, and not for 2 GiB at once."""
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workplace(tmp_path_factory.mktemp("workplace"))
 
 
 def cramp() -> None:

@@ -18,10 +18,9 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from configs.errors import LayoutError, RunError
 from engine.fault.record import read_lines
 from engine.fault.stop import STOP_FILE, StopRequests
-from engine.metrics_log import read_metrics
 from launchers.env import LOOPBACK_ADDRESS, Launch
 from launchers.rendezvous import meet
-from tests.runs import SCRIPT, STEPS, make_workplace, run_to_end
+from tests.runs import run_to_end
 
 HOST = socket.gethostname()
 LIMIT_S = 60.0
@@ -183,11 +182,6 @@ def test_a_restart_at_the_same_store_sees_nothing_of_the_former_start(agent: TCP
     assert "1 of 2 ranks met in 1 s; missing rank 1" in alone.error  # who met before is not taken to be here
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workplace(tmp_path_factory.mktemp("workplace"))
-
-
 def test_a_run_whose_rank_is_missing_ends_with_one_message_and_a_record(workplace: Path) -> None:
     three = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
     options = ("--run.name", "missing", "--data.global_batch_size", "6", "--fault.rendezvous_timeout_s", "5")
@@ -215,16 +209,3 @@ def test_a_run_that_has_no_place_to_meet_says_so_once(workplace: Path, listener:
     assert (output.count("error: "), output.count("Traceback")) == (1, 0), output
     faults = read_lines(workplace / "runs" / f"no-{wrong}" / "faults.jsonl")
     assert any(fault["kind"] == "rendezvous" and fault["what"].startswith(text) for fault in faults)
-
-
-def test_torchrun_starts_the_ranks_again_at_the_store_that_it_keeps(workplace: Path, free_port: int) -> None:
-    """torch 2.13 alone doesn't: its agent keeps one store, where the new ranks find the addresses of the dead ones."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    torchrun += [f"--master-port={free_port}", "--max-restarts=1", str(SCRIPT), "tiny.toml", "--run.name", "again"]
-    fault = ["--fault.inject.kind", "exception", "--fault.inject.rank", "1", "--fault.inject.step", "7"]
-    done = subprocess.run([*torchrun, *fault], cwd=workplace, capture_output=True, text=True, timeout=3 * LIMIT_S)
-    assert done.returncode == 0, done.stderr
-    run = workplace / "runs" / "again"
-    starts = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
-    assert [entry["restart_count"] for entry in starts if entry["event"] == "start"] == [0, 1]
-    assert {entry["step"] for entry in read_metrics(run / "metrics.jsonl")} >= set(range(1, STEPS + 1))

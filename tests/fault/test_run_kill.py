@@ -16,12 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import SCRIPT, STEPS, Processes, assert_same_end, last_step, make_workplace, run_to_end, steps_of
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workplace(tmp_path_factory.mktemp("workplace"))
+from tests.runs import SCRIPT, STEPS, Processes, assert_same_end, last_step, run_to_end, steps_of
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from models.hf_weights import MAX_HEADER_BYTES, open_safetensors
 from models.peft_format import AdapterWeights
 from parallel.pipeline import stages_of_ranks
 from tests.fault.pickles import holds_pickle, payloads
-from tests.runs import ROOT, make_workplace, run_to_end
+from tests.runs import ROOT, run_to_end
 from tools import convert
 
 CANARY = "hf_cAnArY/0123+456789=end"
@@ -41,11 +41,6 @@ MODEL_JSON = {
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24,
     "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "hidden_act": "silu",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workplace(tmp_path_factory.mktemp("workplace"))
 
 
 @pytest.fixture(scope="module")

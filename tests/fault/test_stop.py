@@ -16,20 +16,7 @@ import pytest
 from engine.checkpoint.manifest import list_steps
 from engine.fault.record import read_lines
 from tests.fault.test_run_kill import assert_same_end, children_of, stop_while_saving
-from tests.runs import SCRIPT, STEPS, Processes, last_step, make_workplace, run_to_end
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workplace(tmp_path_factory.mktemp("workplace"))
-
-
-@pytest.fixture(scope="module")
-def whole(workplace: Path) -> Path:
-    """The folder of the run that nobody stopped."""
-    code, output = run_to_end(workplace, 2, "--run.name", "whole")
-    assert code == 0, output
-    return workplace / "runs" / "whole"
+from tests.runs import SCRIPT, STEPS, Processes, last_step, run_to_end
 
 
 def send_to(start: Processes, rank: int, signum: signal.Signals) -> None:
