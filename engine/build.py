@@ -77,12 +77,29 @@ def build_run(
     care = take_care(
         config, layout, folder, start or Start(), requests or StopRequests(), tell or say, heart or Heart(config.fault)
     )
+    with care.until_built():
+        return _build_parts(config, given, layout, folder, data, heldout, care, progress, say)
+
+
+def _build_parts(
+    config: Config,
+    given: str,
+    layout: Layout,
+    folder: RunFolder,
+    data: Batches | MemberBatches,
+    heldout: Callable[[], Iterable[Batch]],
+    care: Care,
+    progress: ProgressDisplay | None,
+    say: Callable[[str], None],
+) -> Run:
+    """Find what there is to go on from, and build what is trained."""
     checkpointer = _open_checkpointer(config, folder, care)
     found = _find_continued(checkpointer, config, data, care.log, say)
     prove_inputs(config, checkpointer.ranks, folder.proved, care.log, say, resuming=found is not None)
     base = base_identity(config, checkpointer.ranks)
     if found is not None:
         check_base(found.meta, base, str(found.path))
+    _begin_attempt(config, care, checkpointer, found, say)
     model, optimizer = _build_trained(config, layout, found, say)
     forward, forward_backward = build_passes(config, layout, model)
     care.injector.meet(model, checkpointer, data)
@@ -103,12 +120,11 @@ def build_run(
         tokens_of_members=[0] * len(config.adapter.members),
     )
     _continue_from(run, found, say)
-    _begin_attempt(run, found)
     if layout.rank == 0:
         folder.write_configs(given, config)
     dist.barrier()
     # On all ranks at once: ranks that share a machine share its rate.
-    run.gemm_tflops = measured_gemm_tflops(device, DTYPES[config.precision.compute])
+    run.gemm_tflops = measured_gemm_tflops(layout.device, DTYPES[config.precision.compute])
     return run
 
 
@@ -161,18 +177,24 @@ def _continue_from(run: Run, found: Found | None, say: Callable[[str], None]) ->
         say(f"{found.path.name} is from before bad steps were remembered: their count starts anew")
 
 
-def _begin_attempt(run: Run, found: Found | None) -> None:
+def _begin_attempt(
+    config: Config, care: Care, checkpointer: Checkpointer, found: Found | None, say: Callable[[str], None]
+) -> None:
     """Write this start of the run down, unless starts like it have led nowhere, and say from where it goes on."""
-    attempts = run.care.attempts
+    step = found.step if found is not None else 0
+    productive_s = found.meta.get("productive_s", 0.0) if found is not None else 0.0
+    attempts = care.attempts
 
     def begin() -> int:
         assert attempts is not None, "rank 0 keeps the history"
-        attempts.refuse_fruitless(run.step, run.config.fault.max_fruitless_starts)
-        return attempts.begin(run.step, run.productive_s)
+        attempts.refuse_fruitless(step, config.fault.max_fruitless_starts)
+        return attempts.begin(step, productive_s)
 
-    lost = run.checkpointer.ranks.lead(begin)
-    if found is not None and run.progress is not None and attempts is not None:
-        run.progress.say(f"continuing from {found.path}\nstart {attempts.number} of this run, {lost} steps lost")
+    lost = checkpointer.ranks.lead(begin)
+    if found is not None:
+        say(f"continuing from {found.path}")
+    if care.log.attempt > 1:
+        say(f"start {care.log.attempt} of this run, {lost} steps lost")
 
 
 def _open_batches(config: Config, training: bool) -> Batches | MemberBatches:

@@ -65,7 +65,6 @@ def go_back(run: Run) -> None:
     bad = care.rollbacks.batch_of(first)
     one = care.rollbacks.add(found.step, first, last)
     run.checkpointer.ranks.lead(care.rollbacks.write)
-    run.rewind(found)
     if run.layout.rank == 0:
         care.log.take(
             Fault(
@@ -77,6 +76,7 @@ def go_back(run: Run) -> None:
                 more={**asdict(one), "refused": found.refused},
             )
         )
+    run.rewind(found)
 
 
 def compare_replicas(run: Run) -> None:

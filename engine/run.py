@@ -81,7 +81,7 @@ class Run:
         self.step = self.first_step = found.step
         self.num_tokens = int(found.meta["num_tokens"])
         self.tokens_of_members = [found.meta["num_tokens_of"][one.name] for one in self.config.adapter.members]
-        self.productive_s = found.meta["productive_s"]
+        self.productive_s = found.meta.get("productive_s", 0.0)
         self.care.load(found.meta, found.step)
 
     def rewind(self, found: Found) -> None:
@@ -91,6 +91,8 @@ class Run:
             self.metrics = None
         self.restore(found)
         self.first_step = -1
+        if self.care.attempts is not None:
+            self.care.attempts.advance(self.step, self.productive_s)
 
     def close(self) -> None:
         """Finish what is being written; in this order, since the checkpoint's group needs the run's."""

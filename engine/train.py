@@ -8,7 +8,7 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from datetime import timedelta
 
@@ -63,22 +63,26 @@ def train(run: Run) -> Outcome:
         with run.start_metrics().checkpointing():
             run.checkpointer.wait()
     outcome.step = run.step
-    if outcome.stopped_by:
-        _conclude_stop(run, outcome.stopped_by)
+    if run.step == run.config.run.steps:
+        outcome.stopped_by = 0  # it came to its end by itself
+    _conclude(run, outcome.stopped_by)
     if run.step == run.config.run.steps:
         _write_adapter(run)
     return outcome
 
 
-def _conclude_stop(run: Run, code: int) -> None:
-    """Write down that the run was asked to stop; the file that asked has done its work."""
+def _conclude(run: Run, code: int) -> None:
+    """Write down that the run was asked to stop, if it was; the file that asked has done its work."""
     if run.layout.rank > 0:
+        return
+    with suppress(OSError):
+        run.folder.stop.unlink()
+    if not code:
         return
     did = f"all ranks saved step {run.step}" if run.step else "nothing was to be saved"
     what, do = f"asked to stop by {reason_text(code)}", "The same command goes on"
     run.care.log.take(Fault(kind="stop", what=what, did=did, do=do, step=run.step, attempt=run.care.log.attempt),
                       said=False)  # fmt: skip
-    run.folder.stop.unlink(missing_ok=True)
 
 
 def _train_steps(run: Run, outcome: Outcome) -> bool:

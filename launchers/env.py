@@ -24,6 +24,7 @@ RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 LOOPBACK_ADDRESS = "127.0.0.1"
 # Below Linux's range of ephemeral ports (32768 up), so that no outgoing connection holds one of them.
 FIRST_PORT, NUM_PORTS = 20000, 10000
+MAX_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,10 +197,17 @@ def _from_slurm(environment: Mapping[str, str]) -> Launch:
 
 
 def _checked(launch: Launch) -> Launch:
-    ranks = (("rank", launch.rank, launch.world_size), ("local rank", launch.local_rank, launch.local_world_size))
-    for name, rank, size in (*ranks, ("local world size", launch.local_world_size, launch.world_size + 1)):
-        if not 0 <= rank < size:
-            raise LayoutError(problem(f"environment: {name}", rank, f"must be from 0 to {size - 1}"))
+    if launch.world_size < 1:
+        raise LayoutError(problem("environment: world size", launch.world_size, "must be at least 1"))
+    for name, number, least, most in (
+        # The sizes first: a rank below a size that is wrong itself would be asked for in vain.
+        ("local world size", launch.local_world_size, 1, launch.world_size),
+        ("rank", launch.rank, 0, launch.world_size - 1),
+        ("local rank", launch.local_rank, 0, launch.local_world_size - 1),
+        ("MASTER_PORT", launch.master_port, int(launch.world_size > 1), MAX_PORT),  # one process meets nobody
+    ):
+        if not least <= number <= most:
+            raise LayoutError(problem(f"environment: {name}", number, f"must be from {least} to {most}"))
     return launch
 
 

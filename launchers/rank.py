@@ -116,9 +116,9 @@ def _farewell(run: Run, outcome: Outcome) -> str:
 
 def _known(error: BaseException, run: Run, launch: Launch) -> BaseException:
     """Return the error, or what memory's end is to a user; the snapshot is taken while the run still stands."""
+    error = _cause(error, launch)
     if not is_out_of_memory(error):
-        lost = isinstance(error, RuntimeError) and _LOST_PEER.search(str(error))
-        if isinstance(error, Exception) and not isinstance(error, RunError) and not lost:
+        if isinstance(error, Exception) and not isinstance(error, RunError) and not _is_lost_peer(error, launch):
             what, do = f"{type(error).__name__}: {error}", f"Read the traceback in {run.folder.logs}"
             run.care.log.own("error", what, "the run ended", do, step=run.step, said=False)
         return error
@@ -145,12 +145,13 @@ def _as_run_errors(launch: Launch, config: Config, device: torch.device) -> Iter
     except RunError as error:
         _log_error(str(error))
         raise
-    except (MemoryError, RuntimeError, OSError) as error:
+    except (MemoryError, RuntimeError, OSError) as failed:
         _log_error(traceback.format_exc())
+        error = _cause(failed, launch)
         if is_out_of_memory(error):  # while the run was built
             log = FaultLog(RunFolder(config.run).faults, launch.rank, lambda text: None, redact=redactor(os.environ))
             raise tell_out_of_memory(error, config, device, launch.local_world_size, log, None) from error
-        if isinstance(error, RuntimeError) and launch.world_size > 1 and _LOST_PEER.search(str(error)):
+        if _is_lost_peer(error, launch):
             raise RankFailure(_lost_peer(error, launch)) from error
         if not isinstance(error, OSError) or error.errno is None:
             raise
@@ -159,7 +160,22 @@ def _as_run_errors(launch: Launch, config: Config, device: torch.device) -> Iter
         raise RunError(problem(str(where), "", error.strerror or str(error), do=do)) from error
 
 
-def _lost_peer(error: RuntimeError, launch: Launch) -> str:
+def _cause(error: BaseException, launch: Launch) -> BaseException:
+    """Return what is behind an error, where that is known: torch's pipelines wrap all that happens in a stage."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if is_out_of_memory(behind) or _is_lost_peer(behind, launch):
+            return behind
+        behind = behind.__cause__ or behind.__context__
+    return error
+
+
+def _is_lost_peer(error: BaseException, launch: Launch) -> bool:
+    known = isinstance(error, RuntimeError) and not isinstance(error, RunError)
+    return known and launch.world_size > 1 and _LOST_PEER.search(str(error)) is not None
+
+
+def _lost_peer(error: BaseException, launch: Launch) -> str:
     first_line = str(error).strip().splitlines()[0]
     do = "Look for the first error of another rank; the same command continues from the last checkpoint."
     return problem(f"rank {launch.rank} of {launch.world_size}", "", "lost contact with another rank", first_line, do)

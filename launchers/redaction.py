@@ -1,8 +1,8 @@
 """Keeping secrets of the environment out of what a run says and writes down.
 
-What counts is the name of a variable: TOKEN, KEY, SECRET, PASSWORD, CREDENTIAL, or AWS_ at its front. Its value is
-replaced wherever the run's own text would show it; short values and the paths of files that are there stay, since they
-are no secrets and would garble everything else. What a user writes into a config is kept as it was written.
+What counts is the name of a variable; docs/security.md lists which. Its value is replaced wherever the run's own text
+would show it; short values and the paths of files that are there stay, since they are no secrets and would garble
+everything else. What a user writes into a config is kept as it was written.
 """
 
 import json
@@ -11,7 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|^AWS_", re.I)
+SECRET = re.compile(
+    r"TOKEN|KEY|SECRET|PASSW|PASSPHRASE|PASSFILE|CREDENTIAL|DATABASE_URL|^AWS_"
+    # The short words only at the end, which keeps PATH, PWD, OLDPWD and SSH_AUTH_SOCK.
+    r"|(?<!BY)(?<!COM)PASS$|_PWD$|(?:^|_)(?:PAT|DSN)$|_AUTH(?:_CONFIG)?$",
+    re.I,
+)
 """Names of variables whose values are secrets."""
 LEAST_LENGTH = 6
 """Characters from which on a value can be a secret."""

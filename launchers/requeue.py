@@ -83,12 +83,13 @@ class History:
 
     def last_attempt(self) -> int:
         """Return the number of the run's last start, 0 before the first."""
-        return max((entry["attempt"] for entry in read_lines(self._attempts)), default=0)
+        return max((entry["attempt"] for entry in _sound_lines(self._attempts, attempt=int)), default=0)
 
     def ended_by(self, attempt: int) -> str:
         """Return why a start ended, in the words of the rank that wrote it down; empty where none did."""
-        ends = [entry for entry in read_lines(self._attempts) if entry["event"] == "end"]
-        return next((entry["reason"] for entry in reversed(ends) if entry["attempt"] == attempt), "")
+        lines = _sound_lines(self._attempts, event=str, attempt=int, reason=str)
+        ends = [entry for entry in lines if entry["event"] == "end" and entry["attempt"] == attempt]
+        return ends[-1]["reason"] if ends else ""
 
     def newest_step(self) -> int:
         """Return the step of the newest committed checkpoint, 0 without one."""
@@ -98,7 +99,7 @@ class History:
     def fruitless_starts(self, began_at: int) -> int:
         """Count the last starts by this job that began where the run still stands; the present one at `began_at`."""
         newest, count = self.newest_step(), 0
-        for step in [began_at, *reversed([entry["from_step"] for entry in read_lines(self._requeues)])]:
+        for step in [began_at, *(entry["from_step"] for entry in reversed(self._requeue_lines()))]:
             if step != newest:
                 break
             count += 1
@@ -106,13 +107,16 @@ class History:
 
     def num_requeues(self, why: str = "") -> int:
         """Count how often the job was queued again by its first task, for one reason or for any."""
-        return sum(not why or entry["why"] == why for entry in read_lines(self._requeues))
+        return sum(not why or entry["why"] == why for entry in self._requeue_lines())
 
     def add_requeue(self, why: str, began_at: int) -> None:
         """Write down that the job is being queued again."""
         line: dict[str, Any] = {"time": time.time(), "why": why, "from_step": began_at, "step": self.newest_step()}
         with self._requeues.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def _requeue_lines(self) -> list[dict[str, Any]]:
+        return _sound_lines(self._requeues, why=str, from_step=int)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +175,15 @@ def ask_slurm(job: str, restarts: int) -> Standing:
         by_itself = int(fields.get("Restarts", 0)) > restarts
         return Standing("SLURM does so by itself" if by_itself else "SLURM is ending the job, cancelled or out of time")
     return Standing(preempted=fields.get("PreemptTime", "None") != "None")
+
+
+def _sound_lines(path: Path, **wanted: type) -> list[dict[str, Any]]:
+    """Read the lines that have what is asked of them; somebody may have edited the file, and a job outlives that."""
+    try:
+        lines = read_lines(path)
+    except OSError:
+        return []
+    return [line for line in lines if all(isinstance(line.get(name), kind) for name, kind in wanted.items())]
 
 
 def names(signals: Sequence[int]) -> str:

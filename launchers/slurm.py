@@ -33,6 +33,23 @@ from launchers.slurm_job import SlurmJob
 
 TRAIN_SCRIPT = Path(__file__).parent / "train.py"
 CPUS_PER_RANK = 4
+NAMESAKES = ("account", "constraint", "cpus-per-task", "exclusive", "gpus-per-node", "job-name", "mem", "nodes")
+DECIDED = {
+    **{key: f"Use --{key}." for key in (*NAMESAKES, "no-requeue", "partition", "qos", "requeue", "time")},
+    **dict.fromkeys(("gpus", "gpus-per-task", "gpus-per-socket", "gpu-bind"), "Use --gpus-per-node."),
+    **dict.fromkeys(
+        ("ntasks", *(f"ntasks-per-{unit}" for unit in ("node", "core", "gpu", "socket"))),
+        "Use --gpus-per-node and --tasks-per.",
+    ),
+    **dict.fromkeys(("export", "export-file"), "Add variables by --export NAME."),
+    **dict.fromkeys(("output", "error", "open-mode"), "See the logs in runs/NAME/slurm/JOB."),
+    "array": "Use array=0-N%1.",
+    "chdir": "Submit from the folder that the job is to run in.",
+    "cpus-per-gpu": "Use --cpus-per-task.",
+    "signal": "Use --signal-delay-s.",
+    "time-min": "Use --time.",
+}
+"""Options of sbatch that --sbatch may not set, and what to do instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +164,23 @@ def option_problems(options: argparse.Namespace) -> list[str]:
             why = "a run is one folder, which one job at a time may write"
             do = "Submit runs of other names one by one."
             problems.append(problem("--sbatch", text, "must be array=0-N%1: one element after the other", why, do))
-        if text.startswith("export="):
-            do = "Add variables by --export NAME."
-            problems.append(problem("--sbatch", text, "is not passed on", "a job gets variables on a list only", do))
+        if do := _instead_of(text):
+            problems.append(problem("--sbatch", text, "is not passed on", "the launcher decides it", do))
     problems += [
         problem("--export", name, "is not set in this shell") for name in options.export if name not in os.environ
     ]
     return problems
+
+
+def _instead_of(text: str) -> str:
+    """Say what to do instead of an option that the launcher decides; empty for the others."""
+    key, _, value = text.partition("=")
+    if not key or not value or key == "array":  # looked at by themselves
+        return ""
+    if key in ("gres", "tres-per-task") and "gpu" in value:
+        return DECIDED["gpus"]
+    # sbatch takes the beginning of a name for the name; none of these begins with that of another option.
+    return DECIDED.get(key) or next((do for name, do in DECIDED.items() if name.startswith(key)), "")
 
 
 def num_elements(sbatch: Sequence[str]) -> int:

@@ -196,11 +196,12 @@ class SlurmJob:
         return verdict
 
     def _queue_again(self, job: submitit.JobEnvironment, history: History, verdict: Verdict, began_at: int) -> int:
-        history.add_requeue(verdict.why, began_at)
         try:
+            # Not without writing it down: requeues that nobody counts would have no end.
+            history.add_requeue(verdict.why, began_at)
             job._requeue(self.limits.max_requeues - history.num_requeues("time limit"))
         except (OSError, subprocess.SubprocessError) as error:
-            print(f"error: scontrol requeue: {error}. Submit the same command again.", flush=True)
+            print(f"error: can't be queued again: {error}. Submit the same command again.", flush=True)
             return self._leave(1)
         return self._leave(0)
 

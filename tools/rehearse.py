@@ -71,11 +71,11 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="tools/rehearse.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2, choices=range(1, 65), metavar="N", help="processes (2)")
     parser.add_argument("--faults", type=int, default=30, help="injected faults; 0 leaves that training out")
     parser.add_argument("--kinds", default="", help="of these, as kill,sigterm; default: all that change no weights")
     parser.add_argument("--kills", type=int, default=50, help="kills of the whole process tree; 0 leaves them out")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="draws faults, moments and places (0)")
     parser.add_argument("--out", type=Path, help="a new folder for runs and store; default: a temporary one, removed")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object, all else to stderr")
     # What has no dash can only be the config, and only in front: a field's value has none either.
@@ -83,7 +83,10 @@ def main(argv: Sequence[str]) -> int:
     given, overrides = parser.parse_known_args(argv[1:] if named else argv)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as temporary:
         out = given.out or Path(temporary)
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out {out}: {error.strerror}")
         config = Path(named) if named else out / "rehearsal.toml"
         if not named:
             config.write_text(CONFIG.replace("STORE", str(out / "store")))

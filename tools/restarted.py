@@ -14,15 +14,18 @@ from typing import Any
 import torch
 
 from configs.check import resolve
-from configs.errors import RunError
+from configs.errors import RunError, problem
 from configs.load import load_config
 from configs.schema import Config
 from engine.checkpoint.checkpointer import open_checkpoint
+from engine.checkpoint.manifest import list_steps
 from engine.fault.record import read_lines
 from engine.metrics_log import read_metrics
 from tools import torchrun
 
 POLL_S = 0.005
+MAX_STUCK = 5
+"""Starts in a row that end well and get nowhere."""
 COMPARED = ("kind", "step", "loss", "grad_norm", "lr", "num_tokens", "heldout_loss", "bits_per_byte", "members")
 """What metrics.jsonl says of a step that must not depend on how often the run was killed."""
 
@@ -92,8 +95,9 @@ class Training:
 
     def to_end(self, *more: str, max_restarts: int = 0) -> None:
         """Start it again until it is done; raise RunError when torchrun gives up."""
-        began = time.monotonic()
+        began, stuck = time.monotonic(), 0
         while not self.done:
+            before = self.newest()
             process = self.start(*more, max_restarts=max_restarts)
             while process.poll() is None:
                 self.look()
@@ -102,7 +106,15 @@ class Training:
                 raise RunError(
                     f"{self.name}: exit code {process.returncode}; see {self.rehearsal.out}/output-{self.name}.txt"
                 )
+            stuck = stuck + 1 if self.newest() == before else 0
+            if stuck == MAX_STUCK:
+                why = f"the last {stuck} starts ended with 0 and saved nothing newer"
+                raise RunError(problem(self.name, "", f"stays at step {before}", why, "See fault.time_limit_s."))
         self.wall_s += time.monotonic() - began
+
+    def newest(self) -> int:
+        """Return the newest saved step."""
+        return max(list_steps(self.folder / "checkpoints"), default=0)
 
     def look(self) -> int:
         """Return the newest step in metrics.jsonl, and note when it was seen first."""

@@ -223,7 +223,7 @@ class Checkpointer:
             self._failures += 1
             lost = LOST_RANK in str(failure)
             self._ends_run = job.must or lost or self._failures >= self.config.max_failures
-            if not lost:  # that is no failure of the save, and is told by who finds it
+            if not lost and "KeyboardInterrupt" not in str(failure):  # no failures of the save; told by who finds them
                 self._failed(job.step, failure, self._failures, self._ends_run)
 
     def _write(self, job: _Save) -> tuple[Path, int]:
@@ -250,7 +250,7 @@ class Checkpointer:
 
     def _make_temporary(self, step: int) -> str:
         name = temporary_name(step)
-        (self.folder / name).mkdir()
+        (self.folder / name).mkdir(parents=True)
         return name
 
     def _commit(self, job: _Save, temporary: Path, target: Path, writer: StreamingWriter) -> int:

@@ -9,6 +9,7 @@ that what was done after it and lost is never counted. Goodput is that sum over 
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from typing import Any
 
 from configs.errors import RunError, problem
 from engine.fault.record import append_line, read_lines
+
+TAIL_BYTES = 1 << 16
+"""As much of metrics.jsonl's end is read: some dozens of logged steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +58,13 @@ class Attempts:
         """Read what earlier starts left in the run's folder; nothing is written yet."""
         self._history, self._progress = folder / "attempts.jsonl", folder / "progress.json"
         self._start = start
-        self._past = read_lines(self._history)
+        self._metrics = folder / "metrics.jsonl"
+        self._past = [entry for entry in read_lines(self._history) if _is_sound(entry)]
         self.last = self._read_progress()
-        starts = [entry for entry in self._past if entry.get("event") == "start"]
-        self.number = 1 + max((entry["attempt"] for entry in starts), default=0)
-        self._starts = starts
+        self._starts = [entry for entry in self._past if entry["event"] == "start"]
+        self.number = 1 + max((entry["attempt"] for entry in self._starts), default=0)
+        self.begun = False
+        """Whether this start has been written down."""
         self._earlier_wall_s = 0.0
         self.now = Progress(attempt=self.number)
 
@@ -80,13 +86,17 @@ class Attempts:
 
     def begin(self, from_step: int, productive_s: float) -> int:
         """Write this start down; return the steps that the one before it had done and that are lost."""
-        last = self.last
-        ended = {entry["attempt"] for entry in self._past if entry.get("event") == "end"}
-        if last is not None and self._starts and last.attempt not in ended:
-            self._append({"event": "end", **asdict(last), "reason": "killed"})
-        lost = max(0, last.step - from_step) if last is not None and self._starts else 0
-        walls = {entry["attempt"]: entry["wall_s"] for entry in read_lines(self._history) if entry["event"] == "end"}
+        last = self.last if self._starts else None
+        walls = {entry["attempt"]: entry["wall_s"] for entry in self._past if entry["event"] == "end"}
+        lost = 0
+        if last is not None:
+            if last.attempt not in walls:  # it was killed, up to a second after it last wrote its progress
+                last.step = max(last.step, from_step, self._last_logged_step())
+                walls[last.attempt] = last.wall_s
+                self._append({"event": "end", **asdict(last), "reason": "killed"})
+            lost = max(0, last.step - from_step)
         self._earlier_wall_s = sum(walls.values())
+        self.begun = True
         self.now = Progress(attempt=self.number, step=from_step, productive_s=productive_s)
         fields = {name: value for name, value in asdict(self._start).items() if name not in ("began", "redact")}
         self._append(
@@ -128,6 +138,27 @@ class Attempts:
 
     def _read_progress(self) -> Progress | None:
         try:
-            return Progress(**json.loads(self._progress.read_text()))
-        except (OSError, ValueError, TypeError):
+            entry = json.loads(self._progress.read_text())
+            return Progress(
+                int(entry["attempt"]), int(entry["step"]), float(entry["wall_s"]), float(entry["productive_s"])
+            )
+        except (OSError, ValueError, TypeError, KeyError):
             return None
+
+    def _last_logged_step(self) -> int:
+        """Read how far a start came that could not say so itself; nothing has been cut from metrics.jsonl yet."""
+        try:
+            with self._metrics.open("rb") as file:
+                file.seek(max(0, self._metrics.stat().st_size - TAIL_BYTES))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return 0
+        steps = [re.match(r'\{"kind": "step", "step": (\d+),', line) for line in lines]
+        return max((int(step[1]) for step in steps if step), default=0)
+
+
+def _is_sound(entry: dict[str, Any]) -> bool:
+    """Say whether a line of the history has what is asked of it here; somebody may have edited the file."""
+    wanted = {"start": ("attempt", "from_step", "restart_count"), "end": ("attempt", "step", "wall_s")}
+    event = entry.get("event")
+    return event in wanted and all(isinstance(entry.get(name), int | float) for name in wanted[event])

@@ -1,13 +1,14 @@
 """What a run is looked after with, made once and handed to the loop as one thing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from configs.errors import CheckpointError
+from configs.errors import CheckpointError, RunError
 from configs.schema import Config
 from engine.fault.agreement import StopAgreement
 from engine.fault.attempts import Attempts, Start
@@ -43,6 +44,19 @@ class Care:
     rollbacks: RollBacks
     replicas: Replicas
     injector: Injector
+
+    @contextmanager
+    def until_built(self) -> Iterator[None]:
+        """Have what ends the run before its first step in the records, by rank 0."""
+        try:
+            yield
+        except BaseException as error:
+            if self.attempts is not None:
+                if isinstance(error, RunError) and not self.log.taken:
+                    self.log.own("refused", str(error).rstrip("."), "The run did not start", said=False)
+                if self.attempts.begun:
+                    self.attempts.end(f"error: {error}")
+            raise
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must know, as JSON; waits for the device."""
@@ -88,7 +102,7 @@ def take_care(
     attempts = Attempts(folder.path, start) if layout.rank == 0 else None
     sentinel = Sentinel()
     if attempts is not None:
-        sentinel.every(1.0, lambda: folder.stop.exists() and requests.note(STOP_FILE))
+        sentinel.every(1.0, lambda: folder.stop.is_file() and requests.note(STOP_FILE))
         sentinel.every(1.0, attempts.write_progress)
     number = torch.tensor([attempts.number if attempts is not None else 0])
     if group is not None:

@@ -44,7 +44,7 @@ class Finding:
     stopped: bool
     """By SIGSTOP or a debugger."""
     place: str
-    """Where its main thread stands; empty where the process didn't answer."""
+    """Where its main thread stands, or has run on to where it was stopped and woken; empty where it didn't answer."""
     waits: bool
     """The main thread waits for other ranks."""
     num_collectives: int
@@ -52,9 +52,9 @@ class Finding:
     last_collective: str
 
     @property
-    def progress(self) -> tuple[bool, int, int, bool, int]:
+    def progress(self) -> tuple[int, int, bool, int]:
         """What ranks are compared by: the least is behind."""
-        return (not self.stopped, self.step, PHASES.index(self.phase), self.waits, self.num_collectives)
+        return (self.step, PHASES.index(self.phase), self.waits, self.num_collectives)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +97,11 @@ def examine(
 
 
 def behind(findings: Sequence[Finding]) -> list[Finding]:
-    """Return the ranks that have come less far than others; none where all stand at the same point."""
+    """Return the ranks that are stopped, or else have come less far than others; none where all stand at one point."""
+    stopped = [finding for finding in findings if finding.stopped]
     least = min(finding.progress for finding in findings)
-    found = [finding for finding in findings if finding.progress == least]
-    return found if len(found) < len(findings) or len(findings) == 1 or found[0].stopped else []
+    found = stopped or [finding for finding in findings if finding.progress == least]
+    return found if stopped or len(found) < len(findings) or len(findings) == 1 else []
 
 
 def hang_fault(findings: Sequence[Finding], folder: str) -> Fault:
@@ -111,8 +112,8 @@ def hang_fault(findings: Sequence[Finding], folder: str) -> Fault:
     if not late:
         what += f": all ranks stand at the same point, {first.place}, so it may be the network"
     else:
-        others = f", as do ranks {', '.join(str(one.rank) for one in late[1:])}" if len(late) > 1 else ""
-        what += f": rank {first.rank} is behind{others}, {_state(first, findings)}"
+        are = "are" if late[1:] else "is"
+        what += f": {ranks_named([one.rank for one in late])} {are} behind, {_state(late, findings)}"
     if first.last_collective:
         what += f"; its last collective: {first.last_collective}"
     return Fault(
@@ -129,14 +130,25 @@ def hang_fault(findings: Sequence[Finding], folder: str) -> Fault:
     )  # fmt: skip
 
 
-def _state(finding: Finding, findings: Sequence[Finding]) -> str:
-    if finding.stopped:
-        return "its process is stopped (SIGSTOP, or a debugger)" + (f" at {finding.place}" if finding.place else "")
-    if not finding.place:
-        return "and its process answers nothing"
-    doing = f"{_DOING[finding.phase]} step {finding.step} at {finding.place}"
-    if not finding.waits and any(other.waits for other in findings):
-        return f"{doing}, while others wait for it"
+def ranks_named(ranks: Sequence[int]) -> str:
+    """Name ranks in a sentence: rank 3; ranks 0, 2 and 3."""
+    *others, last = sorted(ranks)
+    return f"ranks {', '.join(map(str, others))} and {last}" if others else f"rank {last}"
+
+
+def _state(late: Sequence[Finding], findings: Sequence[Finding]) -> str:
+    first, several = late[0], len(late) > 1
+    if first.stopped:
+        # It was woken for its stacks, and they tell where it was a moment later.
+        near = f" near {first.place}" if first.place else ""
+        if not several:
+            return f"its process is stopped (SIGSTOP, or a debugger){near}"
+        return "their processes are stopped (SIGSTOP, or a debugger)" + (near and f", rank {first.rank}{near}")
+    if not first.place:
+        return "and their processes answer nothing" if several else "and its process answers nothing"
+    doing = f"{_DOING[first.phase]} step {first.step} at {first.place}"
+    if not first.waits and any(other.waits for other in findings):
+        return f"{doing}, while others wait for {'them' if several else 'it'}"
     return doing
 
 

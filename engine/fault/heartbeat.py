@@ -1,8 +1,9 @@
 """A rank's heartbeat: where it is and until when it must have come further, in memory that another process can read.
 
 The memory is a file without a name (memfd) of 8-byte words, so that nothing is left behind however a rank ends, and a
-beat is five stores. A word is written and read whole. Imports no torch: the watchdog's process starts in the time that
-Python takes. The patience with a step is learned from the steps before it.
+beat is five stores. A word is written and read whole; a beat is, because it is written beside the one before it and
+counts with the last store. Imports no torch: the watchdog's process starts in the time that Python takes. The patience
+with a step is learned from the steps before it.
 """
 
 import mmap
@@ -26,7 +27,11 @@ LEARNED_STEPS = 32
 ANSWER_S = 0.25
 """How often a rank looks whether the watchdog asks something."""
 SIZE = mmap.PAGESIZE
-_STEP, _PHASE, _GONE, _ASKED, _ANSWERED, _AT, _ALLOWED = range(7)
+_BEATS, _GONE, _ASKED, _ANSWERED = range(4)
+_SLOTS = (4, 8)
+"""Where a beat of an even number is, and one of an odd number."""
+_STEP, _PHASE, _AT, _ALLOWED = range(4)
+"""The words of a beat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,7 @@ class Heart:
         if self.phase != phase:
             self._known.add(self.phase)
         if self.phase in ("evaluate", "checkpoint"):
-            self._lap_apart += now - self.pulse.at
+            self._lap_apart += now - self.pulse.read().at
         if phase == "data":
             if "step" in self._known:
                 self._learn(now - self._lap_began - self._lap_apart)
@@ -102,20 +107,24 @@ class Pulse:
         memory = memoryview(mmap.mmap(file, SIZE))
         self._numbers, self._times = memory.cast("q"), memory.cast("d")
 
-    @property
-    def at(self) -> float:
-        """time.monotonic() of the last beat."""
-        return self._times[_AT]
-
     def write(self, step: int, phase: Phase, at: float, allowed_s: float) -> None:
-        """Write a beat. A reader may see half of it: what it finds late, it looks at again."""
-        self._times[_AT], self._times[_ALLOWED] = at, allowed_s
-        self._numbers[_STEP], self._numbers[_PHASE] = step, PHASES.index(phase)
+        """Write a beat, beside the last one, which stays whole until this one is."""
+        number = self._numbers[_BEATS] + 1
+        slot = _SLOTS[number % 2]
+        self._times[slot + _AT], self._times[slot + _ALLOWED] = at, allowed_s
+        self._numbers[slot + _STEP], self._numbers[slot + _PHASE] = step, PHASES.index(phase)
+        self._numbers[_BEATS] = number
 
     def read(self) -> Beat:
-        """Read the last beat."""
+        """Read the last beat; never half of one and half of another."""
         numbers, times = self._numbers, self._times
-        return Beat(numbers[_STEP], PHASES[numbers[_PHASE]], times[_AT], times[_ALLOWED], bool(numbers[_GONE]))
+        while True:
+            number = numbers[_BEATS]
+            slot = _SLOTS[number % 2]
+            step, phase = numbers[slot + _STEP], PHASES[numbers[slot + _PHASE]]
+            beat = Beat(step, phase, times[slot + _AT], times[slot + _ALLOWED], bool(numbers[_GONE]))
+            if numbers[_BEATS] == number:  # else the next but one may have been written over it
+                return beat
 
     def say_goodbye(self) -> None:
         """Write that the rank leaves in order."""

@@ -59,9 +59,11 @@ class FaultLog:
         """Append to `path` (runs/NAME/faults.jsonl) and tell `say`; `redact` takes secrets out of both."""
         self._path, self.rank, self._say, self.attempt = path, rank, say, attempt
         self.redact = redact
+        self.taken = False
 
     def take(self, fault: Fault, *, said: bool = True) -> None:
         """Record a fault and say it, prefixed by its kind; with `said` False somebody else says it."""
+        self.taken = True
         append_fault(self._path, fault, self.redact)
         if said:
             self._say(self.redact(f"{fault.kind}: {fault.line()}"))

@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from engine.fault.ending import how_it_ended, oom_kills
-from engine.fault.evidence import Evidence, examine, hang_fault, read_findings, write_evidence
-from engine.fault.heartbeat import Pulse
+from engine.fault.evidence import Evidence, examine, hang_fault, ranks_named, read_findings, write_evidence
+from engine.fault.heartbeat import Beat, Pulse
 from engine.fault.record import Fault, append_fault
 
 DUMP_SIGNAL = signal.SIGRTMIN + 7 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR1
 """Has a rank write its stacks. SLURM, submitit, torchrun and NCCL use none of the real-time signals."""
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 LOOK_S = 0.25
-OTHER_NODES_S = 1.0
+AGAIN_S = 0.05
+"""A rank is silent when a second look, so much later, finds it silent too."""
+OTHER_NODES_S = 5.0
 """How often to look whether another node's watchdog has found the run silent."""
 STOPPED_S = 2.0
 """A look that comes so late was not this process's choice: the host slept, or SLURM suspended the job."""
@@ -37,9 +39,10 @@ TOGETHER_S = 0.3
 LEAVING_S = 5.0
 """How long the other ranks have to leave by themselves when one is lost."""
 ANSWERS_S = 2.0
-OTHERS_S = 5.0
-"""How long the first node waits for the evidence of the others, and half of how long they wait for its verdict."""
-DISK_S = 20.0
+OTHERS_S = 10.0
+"""How long the first node waits for the evidence of the others, and half of how long they wait for its verdict. They
+look only every OTHER_NODES_S and then ask their ranks, in two turns."""
+DISK_S = 30.0
 """A disk that is silent too must not keep the job from ending."""
 
 
@@ -47,11 +50,16 @@ class Watched:
     """A rank of this node, as it is seen from outside."""
 
     def __init__(self, entry: dict[str, Any]) -> None:
-        """Open the rank's memory and get hold of its process; OSError when it is gone already."""
+        """Open the rank's memory and get hold of its process; ProcessLookupError when it is gone already."""
         self.rank, self.host, self.pid, self.parent = (entry[name] for name in ("rank", "host", "pid", "parent"))
         self.process = os.pidfd_open(self.pid)
         folder = f"/proc/{self.pid}/fd"
-        files = {name: os.open(f"{folder}/{number}", os.O_RDWR) for name, number in entry["files"].items()}
+        try:
+            files = {name: os.open(f"{folder}/{number}", os.O_RDWR) for name, number in entry["files"].items()}
+        except OSError as error:
+            if self.has_ended():
+                raise ProcessLookupError from error
+            raise
         self._stacks, self._collectives = files["stacks"], files["collectives"]
         self.pulse = Pulse(files["beats"])
         os.close(files["beats"])  # the mapping keeps one of its own
@@ -93,9 +101,17 @@ class Watchdog:
         self._shown = f"{job['shown']}/stacks/{job['began']}"
         self._nodes, self._me = job["nodes"], job["ranks"][0]["rank"]
         self._alive: list[Watched] = []
+        denied: dict[int, OSError] = {}
         for entry in job["ranks"]:
-            with suppress(OSError):  # its peers notice that it has gone
+            try:
                 self._alive.append(Watched(entry))
+            except ProcessLookupError:
+                pass  # its peers notice that it has gone
+            except OSError as error:
+                denied[entry["rank"]] = error
+        if denied and not self._alive:
+            say(f"watchdog: can't watch {ranks_named(list(denied))}: {next(iter(denied.values()))}; "
+                "a hung run is ended by its collectives' time-outs alone")  # fmt: skip
         self._launchers: dict[int, int] = {}
         for parent in {rank.parent for rank in self._alive if rank.parent}:
             with suppress(OSError):
@@ -111,14 +127,10 @@ class Watchdog:
             if ended:
                 self._take_out(ended)
             self._alive = [rank for rank in self._alive if not rank.pulse.read().gone]
-            now = time.monotonic()
-            if now - self._looked > STOPPED_S:
-                self._patient_from = now
-            self._looked = now
-            if now >= self._end_by:
+            if time.monotonic() >= self._end_by:
                 self._kill([rank for rank in self._alive if rank.pulse.read().phase != "end"])
                 return
-            if any(self._silent_s(rank) > rank.pulse.read().allowed_s for rank in self._alive) or self._others_ask():
+            if self._is_hung() or self._others_ask():
                 self._end_hung_run()
                 return
 
@@ -132,8 +144,25 @@ class Watchdog:
             self._stop_ranks_of(self._launchers.pop(descriptor))
         return [rank for rank in self._alive if rank.process in ready]
 
-    def _silent_s(self, rank: Watched) -> float:
-        return time.monotonic() - max(rank.pulse.read().at, self._patient_from)
+    def _is_hung(self) -> bool:
+        """Tell whether a rank is silent for longer than it may be, at two looks."""
+        if not self._finds_silent_rank():
+            return False
+        time.sleep(AGAIN_S)
+        return self._finds_silent_rank()
+
+    def _finds_silent_rank(self) -> bool:
+        now = time.monotonic()  # before the beats are read: what comes between the two makes no rank silent
+        # Where all of a node are stopped, somebody has suspended them; where one is, the others wait for it.
+        suspended = bool(self._alive) and all(rank.is_stopped() for rank in self._alive)
+        if suspended or now - self._looked > STOPPED_S:
+            self._patient_from = now
+        self._looked = now
+        beats = [rank.pulse.read() for rank in self._alive]
+        return any(self._silent_s(beat, now) > beat.allowed_s for beat in beats)
+
+    def _silent_s(self, beat: Beat, now: float) -> float:
+        return now - max(beat.at, self._patient_from)
 
     # ---------- ranks and launchers that are gone
 
@@ -166,9 +195,10 @@ class Watchdog:
     def _stop_ranks_of(self, launcher: int) -> None:
         """Have the ranks save and leave whose torchrun is gone: nobody would ever end them."""
         ranks = [rank for rank in self._alive if rank.parent == launcher and not rank.pulse.read().gone]
-        if _until(lambda: all(rank.has_ended() for rank in ranks), TOGETHER_S):
-            return  # everything was killed at once
+        _until(lambda: all(rank.has_ended() for rank in ranks), TOGETHER_S)
         orphans = [rank for rank in ranks if not rank.has_ended()]
+        if not orphans:
+            return  # everything was killed at once
         for rank in orphans:
             rank.send(signal.SIGTERM)
         what = f"torchrun (process {launcher}) is gone, and its ranks were left alone"
@@ -198,7 +228,8 @@ class Watchdog:
         """Ask every rank of this node where it stands; who is stopped is woken for it, before its end."""
         ranks = self._alive
         beats = {rank.rank: rank.pulse.read() for rank in ranks}
-        silent = {rank.rank: self._silent_s(rank) for rank in ranks}
+        now = time.monotonic()
+        silent = {number: self._silent_s(beat, now) for number, beat in beats.items()}
         stopped = [rank for rank in ranks if rank.is_stopped()]
         before = {rank.rank: len(rank.stacks()) for rank in ranks}
         for rank in ranks:

@@ -91,7 +91,12 @@ def test_a_batch_script_and_a_shell_in_an_allocation_are_single_processes(left_o
         ),
         (TORCHRUN | {"RANK": "8"}, "environment: rank = 8: must be from 0 to 7."),
         (TORCHRUN | {"LOCAL_RANK": "4"}, "environment: local rank = 4: must be from 0 to 3."),
-        (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, "environment: local world size = 9: must be from 0 to 8."),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, "environment: local world size = 9: must be from 1 to 8."),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "0"}, "environment: local world size = 0: must be from 1 to 8."),
+        (TORCHRUN | {"WORLD_SIZE": "0"}, "environment: world size = 0: must be at least 1."),
+        (TORCHRUN | {"MASTER_PORT": "0"}, "environment: MASTER_PORT = 0: must be from 1 to 65535."),
+        (TORCHRUN | {"MASTER_PORT": "65536"}, "environment: MASTER_PORT = 65536: must be from 1 to 65535."),
+        (SLURM_STEP | {"MASTER_PORT": "70000"}, "environment: MASTER_PORT = 70000: must be from 1 to 65535."),
         (TORCHRUN | {"WORLD_SIZE": "two"}, "environment: WORLD_SIZE = 'two': must be a whole number."),
         (
             {name: value for name, value in SLURM_STEP.items() if "NODELIST" not in name and name != "SLURM_LOCALID"},
@@ -109,6 +114,12 @@ def test_an_environment_that_is_half_set_is_refused(environment: dict[str, str],
     with pytest.raises(LayoutError) as error:
         read_launch(environment)
     assert str(error.value) == text
+
+
+def test_the_last_port_and_a_single_process_without_one_are_taken() -> None:
+    assert read_launch(TORCHRUN | {"MASTER_PORT": "65535"}).master_port == 65535
+    alone = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "1") | dict.fromkeys(("RANK", "LOCAL_RANK"), "0")
+    assert read_launch(TORCHRUN | alone | {"MASTER_PORT": "0"}).master_port == 0
 
 
 @pytest.mark.parametrize("nodes", ["n1", "n[1-3]", "gpu[007-009,012],cpu1", "a,b[1-2]", "r[1-2]n[03,5]", "x[5,7-8]y"])

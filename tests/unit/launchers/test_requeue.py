@@ -97,3 +97,24 @@ def test_what_is_not_yet_a_checkpoint_does_not_count(history: History) -> None:
     assert history.newest_step() == 0
     save(history, 3)
     assert history.newest_step() == 3
+
+
+def test_lines_that_lack_something_are_left_out(history: History) -> None:
+    odd = ["{}", "[]", "null", "torn {", '{"event": "end"}', '{"event": "end", "attempt": "9", "reason": "done"}']
+    odd += ['{"event": "end", "attempt": 1, "reason": null}', '{"why": 5, "from_step": 0}', '{"why": "preempted"}']
+    end(history, "SIGUSR2", attempt=1)
+    end(history, "done", attempt=2)
+    history.add_requeue("preempted", 0)
+    for path in (history._attempts, history._requeues):
+        with path.open("a") as file:
+            file.write("\n".join(odd) + "\n")
+    assert history.last_attempt() == 2
+    assert [history.ended_by(attempt) for attempt in (1, 2, 9)] == ["SIGUSR2", "done", ""]
+    assert (history.num_requeues(), history.num_requeues("preempted"), history.fruitless_starts(0)) == (1, 1, 2)
+
+
+def test_a_history_that_is_no_file_is_empty(history: History) -> None:
+    history._attempts.mkdir()
+    history._requeues.mkdir()
+    assert (history.last_attempt(), history.ended_by(1), history.num_requeues()) == (0, "", 0)
+    assert history.fruitless_starts(0) == 1

@@ -177,10 +177,64 @@ def test_options_that_a_run_can_not_have_are_refused(config: str, capsys: pytest
     assert _refused([config, "--nodes", "1", "--gpus-per-node", "2", *options], capsys).splitlines() == [
         "error: --sbatch = 'array=0-3': must be array=0-N%1: one element after the other "
         "(a run is one folder, which one job at a time may write). Submit runs of other names one by one.",
-        "--sbatch = 'export=ALL': is not passed on (a job gets variables on a list only). "
-        "Add variables by --export NAME.",
+        "--sbatch = 'export=ALL': is not passed on (the launcher decides it). Add variables by --export NAME.",
         "--export = 'NOT_SET': is not set in this shell.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "do"),
+    [
+        ("time=5", "Use --time."),
+        ("tim=5", "Use --time."),  # sbatch takes it for time
+        ("time-min=5", "Use --time."),
+        ("nodes=2", "Use --nodes."),
+        ("ntasks=4", "Use --gpus-per-node and --tasks-per."),
+        ("ntasks-per-node=4", "Use --gpus-per-node and --tasks-per."),
+        ("signal=USR1@5", "Use --signal-delay-s."),
+        ("output=x", "See the logs in runs/NAME/slurm/JOB."),
+        ("error=x", "See the logs in runs/NAME/slurm/JOB."),
+        ("open-mode=truncate", "See the logs in runs/NAME/slurm/JOB."),
+        ("requeue=yes", "Use --requeue."),
+        ("no-requeue=yes", "Use --no-requeue."),
+        ("cpus-per-task=1", "Use --cpus-per-task."),
+        ("cpus-per-gpu=1", "Use --cpus-per-task."),
+        ("gpus-per-node=1", "Use --gpus-per-node."),
+        ("gpus=1", "Use --gpus-per-node."),
+        ("gres=gpu:4", "Use --gpus-per-node."),
+        ("job-name=x", "Use --job-name."),
+        ("partition=x", "Use --partition."),
+        ("exclusive=user", "Use --exclusive."),
+        ("mem=1G", "Use --mem."),
+        ("chdir=/", "Submit from the folder that the job is to run in."),
+        ("arr=0-3", "Use array=0-N%1."),
+    ],
+)
+def test_what_the_launcher_decides_is_not_passed_on(
+    config: str, capsys: pytest.CaptureFixture[str], text: str, do: str
+) -> None:
+    assert _refused([config, "--nodes", "1", "--gpus-per-node", "2", "--sbatch", text], capsys) == (
+        f"error: --sbatch = '{text}': is not passed on (the launcher decides it). {do}\n"
+    )
+
+
+def test_other_options_pass_through(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    others = ("nodelist=n1", "exclude=n2", "begin=now", "nice=5", "mem-per-gpu=8G", "gres=lustre:1", "wckey=mine")
+    options = [word for text in others for word in ("--sbatch", text)]
+    text = _printed([config, "--nodes", "1", "--gpus-per-node", "2", "--dry-run", *options], capsys)
+    for other in others:
+        assert f"#SBATCH --{other}\n" in text
+
+
+def test_what_the_launcher_asks_for_itself_can_not_be_set_twice(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--partition", "p", "--account", "a", "--constraint", "c", "--qos", "q", "--mem", "0", "--exclusive"]
+    text = _printed(
+        [config, "--nodes", "1", "--gpus-per-node", "2", "--dry-run", *options, "--run.device", "cuda"], capsys
+    )
+    keys = {line.removeprefix("#SBATCH --").split("=")[0] for line in text.splitlines() if line.startswith("#SBATCH")}
+    assert keys - slurm.DECIDED.keys() == {"wckey"}  # a site's own accounting, which nothing here relies on
 
 
 def test_counts_below_their_least_are_refused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,6 +365,13 @@ def test_a_signal_reaches_the_ranks_and_the_job_starts_again(config: str, capsys
     ]
     assert lines[1].endswith("s: exit code 0, SIGUSR2, saved step 0; queued again: signalled")
     assert lines[3].endswith("s: exit code 0, saved step 0; not queued again: the run is done")
+
+
+def test_a_job_runs_with_a_history_that_is_damaged(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/small").mkdir(parents=True)
+    Path("runs/small/attempts.jsonl").write_text('{}\n{"attempt": 3}\n{"event": "end", "attempt": "4"}\n{"torn')
+    assert _run_locally(config, "", ["--gpus-per-node", "1", "--tasks-per", "gpu"]) == 0
+    assert "attempt 4 ended" in capsys.readouterr().out
 
 
 def test_a_local_job_that_is_told_to_end_is_not_started_again(config: str, capsys: pytest.CaptureFixture[str]) -> None:

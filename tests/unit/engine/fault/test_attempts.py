@@ -85,3 +85,24 @@ def test_a_torn_history_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
     (tmp_path / "progress.json").write_text('{"attempt": ')
     assert Attempts(tmp_path, start()).begin(0, 0.0) == 0
     assert [line["attempt"] for line in read_lines(tmp_path / "attempts.jsonl")] == [1, 2]
+
+
+def test_what_a_killed_start_had_logged_counts_although_its_progress_is_older(tmp_path: Path) -> None:
+    """Progress is written every second only."""
+    first = Attempts(tmp_path, start())
+    first.begin(0, 0.0)
+    first.advance(5, 1.0)
+    first.write_progress()
+    lines = [f'{{"kind": "step", "step": {step}, "loss": 1.0}}\n' for step in range(1, 15)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"kind": "st')
+    assert Attempts(tmp_path, start()).begin(10, 1.0) == 4
+    ended = [line["step"] for line in read_lines(tmp_path / "attempts.jsonl") if line["event"] == "end"]
+    assert ended == [14]
+
+
+def test_lines_that_somebody_has_spoilt_are_left_out(tmp_path: Path) -> None:
+    history(tmp_path, (0, 0))
+    with (tmp_path / "attempts.jsonl").open("a") as file:
+        file.write('{}\n{"event": "start"}\n{"event": "end", "attempt": 1, "step": 3}\n')
+    (tmp_path / "progress.json").write_text('{"attempt": 1, "step": "x", "wall_s": 1, "productive_s": 1}')
+    assert Attempts(tmp_path, start()).begin(0, 0.0) == 0

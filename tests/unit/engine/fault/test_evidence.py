@@ -27,6 +27,7 @@ def ranks(*differences: dict[str, object]) -> list[Finding]:
     ("differences", "expected"),
     [
         (({}, {"stopped": True, "step": 21}, {"step": 19}), [1]),  # who is stopped can't help it
+        (({"stopped": True, "step": 21}, {}, {"stopped": True, "step": 19}), [0, 2]),
         (({}, {"step": 19}, {"waits": False}), [1]),
         (({}, {"phase": "data", "waits": True}, {"waits": False}), [1]),
         (({"phase": "record"}, {}, {"phase": "evaluate"}), [1]),
@@ -53,10 +54,25 @@ def test_the_verdict_is_one_line() -> None:
     )
     stopped = hang_fault(ranks({}, {"stopped": True, "place": "", "last_collective": ""}), "f")
     assert stopped.what.endswith("rank 1 is behind, its process is stopped (SIGSTOP, or a debugger)")
+    woken = hang_fault(ranks({}, {"stopped": True, "place": place, "last_collective": ""}), "f")
+    assert woken.what.endswith(f"its process is stopped (SIGSTOP, or a debugger) near {place}")
     silent = hang_fault(ranks({}, {"waits": False, "place": "", "last_collective": ""}), "f")
     assert silent.what.endswith("rank 1 is behind, and its process answers nothing")
+    late = {"waits": False, "place": place, "last_collective": ""}
+    several = hang_fault(ranks(late, late, {}, late), "f")
+    assert several.what.endswith(f"ranks 0, 1 and 3 are behind, in step 20 at {place}, while others wait for them")
     nobody = hang_fault(ranks({}, {}), "f")
     assert (nobody.rank, "all ranks stand at the same point, engine/step.py:60" in nobody.what) == (None, True)
+
+
+def test_all_who_are_stopped_are_named() -> None:
+    stopped = {"stopped": True, "place": "models/llama.py:28 in forward", "last_collective": ""}
+    fault = hang_fault(ranks({**stopped, "step": 21}, {}, stopped), "f")
+    assert fault.what.endswith(
+        "ranks 0 and 2 are behind, their processes are stopped (SIGSTOP, or a debugger), rank 0 near "
+        "models/llama.py:28 in forward"
+    )
+    assert fault.more["ranks"] == [0, 2]
 
 
 def stacks_of_this_process() -> str:

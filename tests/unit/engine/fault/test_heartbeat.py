@@ -1,6 +1,8 @@
 """How long a rank may be silent: learned from its steps, patient with what is done for the first time."""
 
 import os
+import subprocess
+import sys
 
 from configs.faults import FaultConfig
 from engine.fault.heartbeat import SIZE, Beat, Heart, Pulse
@@ -75,3 +77,43 @@ def test_another_process_reads_the_beats_and_asks() -> None:
     assert seen.open_question() == 0
     heart.leave()
     assert seen.read().gone
+
+
+def test_a_beat_counts_when_it_is_whole() -> None:
+    """Somebody looks while it is being written."""
+    file = os.memfd_create("beats")
+    os.ftruncate(file, SIZE)
+    pulse, seen, found = Pulse(file), Pulse(file), []
+
+    class Looked(float):
+        def __float__(self) -> float:
+            found.append(seen.read())
+            return 60.0
+
+    pulse.write(5, "checkpoint", 100.0, 1800.0)
+    pulse.write(6, "data", 300.0, Looked())
+    assert found == [Beat(step=5, phase="checkpoint", at=100.0, allowed_s=1800.0, gone=False)]
+    assert seen.read() == Beat(step=6, phase="data", at=300.0, allowed_s=60.0, gone=False)
+
+
+def test_a_reader_sees_no_halves_of_two_beats() -> None:
+    """Beside a process that beats as fast as it can."""
+    file = os.memfd_create("beats")
+    os.ftruncate(file, SIZE)
+    seen = Pulse(file)
+    code = f"""
+from engine.fault.heartbeat import Pulse
+pulse, number = Pulse({file}), 0
+while True:
+    number += 1
+    pulse.write(number, "step", number, number)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], pass_fds=[file]) as writer:
+        try:
+            while seen.read().step == 0:
+                assert writer.poll() is None
+            beats = [seen.read() for _ in range(20_000)]
+        finally:
+            writer.kill()
+    assert len({beat.step for beat in beats}) > 1
+    assert [beat for beat in beats if not beat.step == beat.at == beat.allowed_s] == []

@@ -5,6 +5,7 @@ The processes beat as a rank does and then stand still.
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,8 +17,11 @@ from typing import Any
 
 import pytest
 
+from engine.fault import watchdog as module
 from engine.fault.ending import Ending, how_it_ended, oom_kills
+from engine.fault.heartbeat import Beat, Pulse
 from engine.fault.record import read_lines
+from engine.fault.watchdog import Watchdog, Watched
 
 RANK = """
 import faulthandler, json, os, signal, sys
@@ -65,9 +69,14 @@ def started(*ranks: Rank) -> Iterator[None]:
         yield
 
 
+def job_of(run: Path, nodes: list[int], *ranks: Rank) -> dict[str, Any]:
+    """Return what a watchdog is told at its start."""
+    return {"run": str(run), "shown": "runs/x", "began": "now", "nodes": nodes, "ranks": [rank.entry for rank in ranks]}
+
+
 @contextmanager
 def watchdog(run: Path, nodes: list[int], *ranks: Rank) -> Iterator["subprocess.Popen[str]"]:
-    job = {"run": str(run), "shown": "runs/x", "began": "now", "nodes": nodes, "ranks": [rank.entry for rank in ranks]}
+    job = job_of(run, nodes, *ranks)
     command = [sys.executable, "-P", "-m", "engine.fault.watchdog", str(run)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -119,20 +128,101 @@ def test_the_nodes_judge_together(tmp_path: Path) -> None:
     assert found == {"node-00000.json", "node-00001.json", "rank-00000.txt", "rank-00001.txt", "verdict.json"}
 
 
-def test_a_job_that_was_suspended_is_no_silent_one(tmp_path: Path) -> None:
-    """Everything stood still, the watchdog with it, for longer than any rank may be silent."""
-    rank = Rank(0, 5, 3)
-    with started(rank), watchdog(tmp_path, [0], rank) as process:
-        for pid in (rank.process.pid, process.pid):
+@pytest.mark.parametrize("with_watchdog", [True, False])
+def test_a_job_that_was_suspended_is_no_silent_one(tmp_path: Path, with_watchdog: bool) -> None:
+    """All ranks stood still for longer than any may be silent, and the watchdog with them or not."""
+    ranks = [Rank(0, 5, 3), Rank(1, 5, 3)]
+    with started(*ranks), watchdog(tmp_path, [0], *ranks) as process:
+        pids = [*(rank.process.pid for rank in ranks), *([process.pid] if with_watchdog else [])]
+        for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         time.sleep(4)  # what is tested is that time passes
-        for pid in (process.pid, rank.process.pid):
+        for pid in reversed(pids):
             os.kill(pid, signal.SIGCONT)
-        rank.tell("beat")
-        rank.tell("leave")
+        for word in ("beat", "leave"):
+            for rank in ranks:
+                rank.tell(word)
         assert process.wait(30) == 0
-        assert (said(process), rank.process.poll()) == ("", None)
+        assert (said(process), [rank.process.poll() for rank in ranks]) == ("", [None, None])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"phase": "checkpoint", "allowed_s": 1800.0},  # the end of a long save falls between two looks
+        {"phase": "data", "allowed_s": 0.1},  # the rank was late, and comes on before the second look
+    ],
+)
+def test_a_rank_that_comes_on_while_it_is_looked_at_is_not_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
+) -> None:
+    class Coming(Pulse):
+        """Every second look finds an old beat, every other one a new beat that allows little."""
+
+        looks = 0
+
+        def read(self) -> Beat:
+            self.looks += 1
+            gone = self.looks >= 20
+            if self.looks % 2:
+                return Beat(step=6, phase="data", at=time.monotonic(), allowed_s=0.1, gone=gone)
+            return Beat(step=5, at=0.0, gone=gone, **other)
+
+    monkeypatch.setattr(module, "Pulse", Coming)
+    told: list[str] = []
+    rank = Rank(0, 5, 1800)
+    with started(rank):
+        Watchdog(job_of(tmp_path, [0], rank), told.append).run()
+        assert (told, rank.process.poll()) == ([], None)
+
+
+def test_ranks_that_end_while_their_torchrun_is_missed_are_no_orphans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ending(Watched):
+        """Is still there when it is looked at, and gone right after it."""
+
+        def has_ended(self) -> bool:
+            ended = super().has_ended()
+            self.send(signal.SIGKILL)
+            select.select([self.process], [], [], 30)
+            return ended
+
+    monkeypatch.setattr(module, "Watched", Ending)
+    monkeypatch.setattr(module, "TOGETHER_S", 0.0)
+    told: list[str] = []
+    rank = Rank(0, 5, 1800)
+    with subprocess.Popen(["sleep", "1000"]) as torchrun, started(rank):
+        rank.entry["parent"] = torchrun.pid
+        dog = Watchdog(job_of(tmp_path, [0], rank), told.append)
+        torchrun.kill()
+        dog.run()
+    assert [line.partition(":")[0] for line in told] == ["rank_lost"]
+
+
+def test_a_watchdog_that_can_watch_nobody_says_so(tmp_path: Path) -> None:
+    """As in a container that lets no process look at another one's files; who is gone is no reason for a word."""
+    ranks = [Rank(number, 5, 1800) for number in range(2)]
+    told: list[str] = []
+    with started(*ranks):
+        for rank in ranks:
+            rank.entry["files"]["stacks"] = 999
+        Watchdog(job_of(tmp_path, [0], *ranks), told.append).run()
+        for rank in ranks:
+            rank.process.kill()
+            os.waitid(os.P_PID, rank.process.pid, os.WEXITED | os.WNOWAIT)
+        Watchdog(job_of(tmp_path, [0], *ranks), told.append).run()
+    (line,) = told
+    assert line.startswith("watchdog: can't watch ranks 0 and 1: ") and f"/proc/{ranks[0].process.pid}/fd/999" in line
+    assert line.endswith("; a hung run is ended by its collectives' time-outs alone")
+
+
+def test_nodes_wait_for_each_other_long_enough() -> None:
+    """The last look for others' findings, two turns of questions, and the time in which the verdict must be there."""
+    assert module.OTHER_NODES_S >= 5
+    assert module.OTHER_NODES_S + module.LOOK_S + module.AGAIN_S + 2 * module.ANSWERS_S < module.OTHERS_S
+    assert 2 * module.OTHERS_S < module.DISK_S
 
 
 def test_ranks_that_are_killed_together_are_told_of_together(tmp_path: Path) -> None:
