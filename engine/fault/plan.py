@@ -37,8 +37,10 @@ def plan_faults(config: InjectConfig, steps: int, world_size: int) -> list[Plann
         step, seed = config.step or draw.randint(1, last), draw.getrandbits(32)
         return [Planned(number=0, kind=config.kind, rank=rank, step=step, stage=config.stage, seed=seed)]
     drawn: list[tuple[int, str, int, str, int]] = []
+    # A run whose only rank is stopped is taken to be suspended.
+    kinds = config.kinds or tuple(kind for kind in RANDOM_KINDS if world_size > 1 or kind != "freeze")
     for _ in range(config.count):
-        kind = draw.choice(config.kinds or RANDOM_KINDS)
+        kind = draw.choice(kinds)
         rank, step = draw.randrange(world_size), draw.randint(1, last)
         stage, seed = draw.choice(get_args(SaveStage)), draw.getrandbits(32)
         drawn.append((step, kind, 0 if kind == "kill_in_save" and stage in LEADER_STAGES else rank, stage, seed))

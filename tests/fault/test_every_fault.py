@@ -149,14 +149,15 @@ def test_the_stop_file_is_made_and_heeded(workplace: Path) -> None:
     assert not (run / "stop").exists()
 
 
-def test_a_frozen_process_is_ended_and_goes_on(workplace: Path, alone: Path) -> None:
+def test_a_frozen_process_is_ended_and_goes_on(workplace: Path, whole: Path) -> None:
+    """One of two: where all ranks of a node are stopped, somebody has suspended them."""
     run, command = workplace / "runs" / "frozen", ("--run.name", "frozen", "--fault.hang_min_s", "2")
-    with Processes(workplace, 1, *command, *inject("freeze", step=7)) as start:
-        assert start.join() == [KILLED], start.output()
+    with Processes(workplace, 2, *command, *inject("freeze", rank=0, step=7)) as start:
+        assert start.join() == [KILLED, KILLED], start.output()
         assert "rank 0 is behind, its process is stopped" in start.output()
     assert [fault["kind"] for fault in read_lines(run / "faults.jsonl")] == ["hang"]
-    assert run_to_end(workplace, 1, *command, *inject("freeze", step=7))[0] == 0
-    assert_same_end(run, alone)
+    assert run_to_end(workplace, 2, *command, *inject("freeze", rank=0, step=7))[0] == 0
+    assert_same_end(run, whole)
 
 
 def test_a_corrupt_batch_ends_the_run_by_place_and_another_reading_goes_on(workplace: Path, alone: Path) -> None:

@@ -213,7 +213,8 @@ def test_options_that_a_run_can_not_have_are_refused(config: str, capsys: pytest
 def test_what_the_launcher_decides_is_not_passed_on(
     config: str, capsys: pytest.CaptureFixture[str], text: str, do: str
 ) -> None:
-    assert _refused([config, "--nodes", "1", "--gpus-per-node", "2", "--sbatch", text], capsys) == (
+    options = ["--nodes", "1", "--gpus-per-node", "2", "--dry-run", "--sbatch", text]
+    assert _refused([config, *options], capsys) == (
         f"error: --sbatch = '{text}': is not passed on (the launcher decides it). {do}\n"
     )
 

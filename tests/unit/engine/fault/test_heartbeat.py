@@ -85,13 +85,13 @@ def test_a_beat_counts_when_it_is_whole() -> None:
     os.ftruncate(file, SIZE)
     pulse, seen, found = Pulse(file), Pulse(file), []
 
-    class Looked(float):
+    class Looked:
         def __float__(self) -> float:
             found.append(seen.read())
             return 60.0
 
     pulse.write(5, "checkpoint", 100.0, 1800.0)
-    pulse.write(6, "data", 300.0, Looked())
+    pulse.write(6, "data", 300.0, Looked())  # pyright: ignore[reportArgumentType]
     assert found == [Beat(step=5, phase="checkpoint", at=100.0, allowed_s=1800.0, gone=False)]
     assert seen.read() == Beat(step=6, phase="data", at=300.0, allowed_s=60.0, gone=False)
 
