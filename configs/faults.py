@@ -106,11 +106,11 @@ class FaultConfig:
     rendezvous_timeout_s: int = 300
     """Seconds that all ranks have to meet at the start."""
     watchdog: bool = True
-    """Have a process beside the ranks of each node that ends the job when a step doesn't end."""
+    """Have a process beside the ranks of each node that ends the job when a step doesn't end; on Linux only."""
     hang_factor: float = 20.0
     """A step that takes this many times the median step hangs; hang_min_s and step_timeout_s are the bounds."""
     hang_min_s: float = 60.0
-    """A step that takes less never hangs."""
+    """A step that takes less never hangs, unless step_timeout_s is less still."""
     time_limit_s: int = 0
     """Save and stop when the run has been going for so long since its start; 0 has no limit."""
     max_fruitless_starts: int = 3

@@ -12,12 +12,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from launchers.env import LOOPBACK_ADDRESS, port_of
+from launchers.meeting import free_port
+
 
 def command_of(ranks: int, argv: Sequence[str], *options: str) -> list[str]:
     """Return the command that trains on so many ranks of this machine; `argv` are launchers/train.py's arguments."""
     # torchrun warns where it is unset; the launcher sets each rank's threads itself.
     command = ["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "torch.distributed.run"]
-    command += ["--standalone", "--nproc-per-node", str(ranks), *options]
+    # --standalone would be a rendezvous that unpickles what it finds in its store.
+    port = free_port(port_of(str(os.getpid()), 0))
+    command += ["--master-addr", LOOPBACK_ADDRESS, "--master-port", str(port), "--nproc-per-node", str(ranks), *options]
     return [*command, "launchers/train.py", *argv]
 
 
