@@ -155,7 +155,9 @@ def load_targets(
         state = dict(optimizer.state.get(parameter, {}))
         if not state:
             entries = {key: manifest.tensors[f"optimizer.{name}.{key}"] for key in saved_keys.get(name, ())}
-            state = {key: _empty_state(parameter, key, entry, group) for key, entry in entries.items()}
+            # What the checkpoint lacks is wanted all the same, and so refused: fresh moments would go unnoticed.
+            state = {key: torch.zeros(()) for key in group.get("state_keys", ())}
+            state |= {key: _empty_state(parameter, key, entry, group) for key, entry in entries.items()}
             fresh.append((parameter, state))
         targets |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
 

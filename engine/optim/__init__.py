@@ -4,7 +4,8 @@ Weight decay pulls on what multiplies activations (every tensor of two or more d
 on norms and biases, as in GPT-3 (arXiv:2005.14165) and Llama. The learning rate is set from outside at every step
 (engine/lr.py), one for all groups, so an optimizer holds no schedule. Each of them leaves weights and state alone where
 `optimizer.found_inf` is 1, without waiting for the device, and keeps in `state` only tensors: scalars, and tensors of
-the parameter's shape laid out like it, so that any layout loads what another saved.
+the parameter's shape laid out like it, so that any layout loads what another saved. A group's `state_keys` are what is
+kept of each of its parameters once there was a step; a checkpoint without them is refused.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from engine.optim.paged import PagedAdamW8bit
 from models.peft_format import split_member
 
 _FUSED_DEVICES = frozenset({"cuda", "cpu"})
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
 UNHIDDEN = ("embed_tokens", "lm_head")
 """Modules whose matrices map tokens, not activations: Muon leaves them to AdamW (kellerjordan.github.io/posts/muon)."""
 LORA_B = {"lora_B", "lora_embedding_B"}
@@ -47,7 +49,9 @@ class _Trainable:
     """Ids of LoRA's B, whose learning rate is `ratio` times the others' (LoRA+)."""
     ratio: float
 
-    def groups(self, weight_decay: float, without: Sequence[nn.Parameter] = ()) -> list[dict[str, object]]:
+    def groups(
+        self, weight_decay: float, state_keys: Sequence[str], without: Sequence[nn.Parameter] = ()
+    ) -> list[dict[str, object]]:
         """Make the parameter groups; none is empty."""
         left_out = {id(parameter) for parameter in without}
         decayed = [parameter for parameter in self.decayed if id(parameter) not in left_out]
@@ -57,7 +61,7 @@ class _Trainable:
             {"params": faster, "weight_decay": weight_decay, "lr_ratio": self.ratio},
             {"params": self.undecayed, "weight_decay": 0.0},
         ]
-        return [group for group in groups if group["params"]]
+        return [{**group, "state_keys": state_keys} for group in groups if group["params"]]
 
     @property
     def fused(self) -> bool:
@@ -119,7 +123,7 @@ def _is_unhidden(name: str) -> bool:
 
 def _adamw(trainable: _Trainable, config: OptimConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        trainable.groups(config.weight_decay),
+        trainable.groups(config.weight_decay, _ADAM),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -132,7 +136,7 @@ def _muon(trainable: _Trainable, config: OptimConfig) -> torch.optim.Optimizer:
         raise ConfigError(
             problem("optim.kind", "muon", "needs a trainable matrix besides embedding and head", do="Use 'adamw'.")
         )
-    rest = trainable.groups(config.weight_decay, without=trainable.hidden)
+    rest = trainable.groups(config.weight_decay, _ADAM, without=trainable.hidden)
     betas, eps = (config.beta1, config.beta2), config.eps
     return Muon(
         trainable.hidden,
@@ -144,16 +148,17 @@ def _muon(trainable: _Trainable, config: OptimConfig) -> torch.optim.Optimizer:
 
 
 def _lion(trainable: _Trainable, config: OptimConfig) -> torch.optim.Optimizer:
-    return Lion(trainable.groups(config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2))
+    return Lion(trainable.groups(config.weight_decay, ("exp_avg",)), lr=config.lr, betas=(config.beta1, config.beta2))
 
 
 def _apex(trainable: _Trainable, config: OptimConfig) -> torch.optim.Optimizer:
-    groups, betas = trainable.groups(config.weight_decay), (config.beta1, config.beta2)
+    groups, betas = trainable.groups(config.weight_decay, _ADAM), (config.beta1, config.beta2)
     return ApexAdamW(groups, lr=config.lr, betas=betas, eps=config.eps)
 
 
 def _paged(trainable: _Trainable, config: OptimConfig) -> torch.optim.Optimizer:
-    groups, betas = trainable.groups(config.weight_decay), (config.beta1, config.beta2)
+    # It has no state before a step that is not skipped.
+    groups, betas = trainable.groups(config.weight_decay, ()), (config.beta1, config.beta2)
     return PagedAdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps)
 
 

@@ -36,7 +36,8 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
     ) -> None:
         """Take the matrices for Muon, and AdamW over the other parameters; its groups and state become ours."""
-        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "state_keys": ("momentum_buffer",)}
+        super().__init__(matrices, defaults)
         self._muon, self._rest = self.param_groups[0], rest
         if rest is not None:
             self.param_groups += rest.param_groups
