@@ -97,6 +97,7 @@ RANGES = {
     "checkpoint.max_failures": _FROM_1,
     "metrics.every_steps": _FROM_1,
     "metrics.peak_tflops": _FROM_0,
+    "metrics.gemm_seconds": _POSITIVE,
     "metrics.gc_every_steps": _FROM_1,
     "eval.every_steps": _FROM_0,
     "eval.max_sequences": _FROM_0,

@@ -293,6 +293,8 @@ class MetricsConfig:
     """Write TensorBoard files beside metrics.jsonl."""
     peak_tflops: float = 0.0
     """Dense peak of one device in compute precision, TFLOP/s; 0 looks the device up, or measures the GEMM rate."""
+    gemm_seconds: float = 1.2
+    """Seconds, about, that each start takes to measure the GEMM rate; less time measures smaller products."""
     gc_every_steps: int = 100
     """Python's garbage collector runs at these steps only, on every rank at once."""
 

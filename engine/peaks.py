@@ -84,7 +84,7 @@ _PEAKS: tuple[_Row, ...] = (
 # "A100-SXM4-80GB MIG 1g.10gb" is a slice, "A100-40C" and "A10-24Q" are vGPU profiles: none has the whole chip's peak.
 _PART_OF_A_GPU = re.compile(r"\bMIG\b|-\d+[ABCQ]\b", re.IGNORECASE)
 
-_BUDGET_S = 1.2
+BUDGET_S = 1.2
 _MIN_REPEATS = 3
 _MAX_REPEATS = 9
 
@@ -145,8 +145,10 @@ def describe_peak(peak: Peak, gemm_tflops: float) -> str:
 
 
 @torch.no_grad()
-def measured_gemm_tflops(device: torch.device, dtype: torch.dtype, threads: int = 0) -> float:
-    """Measure the rate of one large x @ w.T on this device, in TFLOP/s; about a second, 1.5 s at most.
+def measured_gemm_tflops(
+    device: torch.device, dtype: torch.dtype, threads: int = 0, *, budget_s: float = BUDGET_S
+) -> float:
+    """Measure the rate of one large x @ w.T on this device, in TFLOP/s; takes about `budget_s`.
 
     The product is 8192^3 on a GPU and 2048^3 on a CPU, smaller where that would outlast the budget. `threads` is the
     rank's share of the CPU (0: as torch has it). Ranks that share a machine must measure at the same time, after a
@@ -159,10 +161,10 @@ def measured_gemm_tflops(device: torch.device, dtype: torch.dtype, threads: int 
         size = 8192 if device.type == "cuda" else 2048
         # Reading one product's time at an eighth of the side costs 1/512 of the work and decides what fits.
         probe = size // 8
-        expected_s = min(_gemm_seconds(probe, device, dtype, repeats=3, budget_s=_BUDGET_S / 8)) * 512
-        while expected_s * (_MIN_REPEATS + 1) > _BUDGET_S and size > probe:
+        expected_s = min(_gemm_seconds(probe, device, dtype, repeats=3, budget_s=budget_s / 8)) * 512
+        while expected_s * (_MIN_REPEATS + 1) > budget_s and size > probe:
             size, expected_s = size // 2, expected_s / 8
-        seconds = _gemm_seconds(size, device, dtype, repeats=_MAX_REPEATS, budget_s=_BUDGET_S)
+        seconds = _gemm_seconds(size, device, dtype, repeats=_MAX_REPEATS, budget_s=budget_s)
     finally:
         torch.set_num_threads(before)
     return 2 * size**3 / statistics.median(seconds) / 1e12

@@ -250,8 +250,9 @@ def _record(run: Run, result: StepResult, counters: Counters, lr: float, cp_imba
 def _measure_gemm_again(run: Run) -> None:
     """A step that outran the GEMM rate proves that the machine was disturbed when the rate was measured."""
     assert run.metrics is not None, "metrics start before the first step"
+    dtype, budget_s = DTYPES[run.config.precision.compute], run.config.metrics.gemm_seconds
     with run.metrics.excluded():
-        run.metrics.raise_gemm_rate(measured_gemm_tflops(run.layout.device, DTYPES[run.config.precision.compute]))
+        run.metrics.raise_gemm_rate(measured_gemm_tflops(run.layout.device, dtype, budget_s=budget_s))
 
 
 def _heldout_batches(run: Run, step: int) -> Iterator[Batch]:

@@ -58,6 +58,7 @@ every_steps = 5
 [metrics]
 every_steps = 1
 tensorboard = false
+gemm_seconds = 0.05
 [eval]
 every_steps = 10
 max_sequences = 8
