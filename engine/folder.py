@@ -24,6 +24,8 @@ from configs.errors import RunError, problem
 from configs.load import config_to_dict
 from configs.schema import Config, RunConfig
 
+LOCK = ".lock"
+
 
 class RunFolder:
     """Paths of a run; rank 0 makes and locks the folder with `claim`, the other ranks only read paths."""
@@ -48,12 +50,13 @@ class RunFolder:
     def claim(self) -> None:
         """Make the folder and hold it until this process ends, however it ends."""
         with _writing(self.path):
-            self.logs.mkdir(parents=True, exist_ok=True)
-            with suppress(PermissionError):  # somebody else's folder, which this user may write all the same
-                self.path.chmod(self._mode)
-            self._lock = (self.path / ".lock").open("a+")
+            self._lock = self._open_lock()
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(self._lock.fileno()).st_nlink:  # its owner took the folder away meanwhile
+                self.release()
+                self.claim()
+                return
         except BlockingIOError:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
@@ -68,11 +71,32 @@ class RunFolder:
             self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             self._lock.flush()
 
+    def _open_lock(self, tries: int = 100) -> IO[str]:
+        """Make the folder, and its lock file unless there is one."""
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            with suppress(PermissionError):  # somebody else's folder, which this user may write all the same
+                self.path.chmod(self._mode)
+            return (self.path / LOCK).open("a+")
+        except (FileNotFoundError, FileExistsError):  # another start was refused, and takes its folder away just now
+            if tries == 1:
+                raise
+        return self._open_lock(tries - 1)
+
     def release(self) -> None:
         """Let another process have the folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def give_up(self) -> None:
+        """Release the folder, and take it away where nothing has come into it: a run was refused before it began."""
+        if self._lock is not None and {entry.name for entry in self.path.iterdir()} <= {LOCK, self.logs.name}:
+            with suppress(OSError):  # logs of an earlier start
+                self.logs.rmdir()
+                (self.path / LOCK).unlink()
+                self.path.rmdir()
+        self.release()
 
     def has_checkpoints(self) -> bool:
         """Tell whether the run has saved any state, good or not."""

@@ -1,11 +1,13 @@
 """A run folder: one owner at a time, whole files, and errors that say what to do."""
 
+import fcntl
 import json
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -66,6 +68,58 @@ def test_the_claim_of_a_killed_process_is_gone_with_it(tmp_path: Path) -> None:
     folder.claim()
     assert f"process {os.getpid()} on " in (folder.path / ".lock").read_text()
     folder.release()
+
+
+def test_a_run_that_was_refused_leaves_no_folder_but_keeps_what_is_in_one(tmp_path: Path) -> None:
+    folder, waiting = make(tmp_path), make(tmp_path)
+    folder.claim()
+    folder.give_up()
+    assert list((tmp_path / "runs").iterdir()) == []
+    folder.claim()
+    folder.write_configs("# as given\n", make_config())
+    folder.give_up()
+    assert folder.config.exists()
+    waiting.claim()
+    with pytest.raises(RunError, match="in use by"):
+        folder.claim()
+    folder.give_up()
+    assert (folder.path / ".lock").exists(), "it is another's"
+    waiting.release()
+
+
+def test_a_lock_that_was_taken_away_meanwhile_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening the file and locking it, the refused owner has removed it: two would each hold one."""
+    folder, lock, removed = make(tmp_path), fcntl.flock, []
+
+    def late(file: IO[str], how: int) -> None:
+        if not removed:
+            removed.append((folder.path / ".lock").unlink())
+        lock(file, how)
+
+    monkeypatch.setattr("engine.folder.fcntl.flock", late)
+    folder.claim()
+    assert removed
+    with pytest.raises(RunError, match="in use by"):
+        make(tmp_path).claim()
+    folder.release()
+
+
+def test_a_folder_that_is_taken_away_while_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make(tmp_path), make(tmp_path)
+    first.claim()
+    chmod, gone = Path.chmod, []
+
+    def late(path: Path, mode: int) -> None:
+        if not gone:
+            gone.append(first.give_up())
+        chmod(path, mode)
+
+    monkeypatch.setattr(Path, "chmod", late)
+    second.claim()
+    assert gone and (second.path / ".lock").exists() and second.logs.is_dir()
+    second.release()
 
 
 def test_a_folder_that_can_not_be_made_is_said_as_such(tmp_path: Path) -> None:
