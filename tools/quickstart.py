@@ -3,7 +3,7 @@
     python tools/quickstart.py [--section.field VALUE ...]
 
 Runs `torchrun --nproc-per-node 2 launchers/train.py configs/quickstart.toml` as a person would, then reads what the run
-left. Again: it reuses what is there. Interrupted: it continues from the last checkpoint.
+left. Again: it reuses what is there. Interrupted: it saves, and continues from there.
 """
 
 import os
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return torchrun.INTERRUPTED
     return 0
 
 
@@ -57,16 +57,11 @@ def is_trained(folder: RunFolder, config: Config) -> bool:
 
 
 def train(preset: Path, argv: list[str]) -> int:
-    """Run torchrun on a preset; Ctrl-C ends all its processes at once, at the price of the steps since a checkpoint."""
-    print(f"torchrun --nproc-per-node {RANKS} launchers/train.py {' '.join([str(preset), *argv])}", flush=True)
-    # A session of its own: otherwise Ctrl-C reaches torchrun by itself, which prints a traceback.
-    process = subprocess.Popen(torchrun.command_of(RANKS, [str(preset), *argv]), start_new_session=True)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        torchrun.end(process)
-        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
+    """Run torchrun on a preset; Ctrl-C has its ranks save and stop."""
+    print(
+        f".venv/bin/torchrun --nproc-per-node {RANKS} launchers/train.py {' '.join([str(preset), *argv])}", flush=True
+    )
+    return torchrun.to_end(torchrun.command_of(RANKS, [str(preset), *argv]))
 
 
 def report(folder: RunFolder, config: Config) -> None:

@@ -94,12 +94,13 @@ def main(argv: Sequence[str]) -> int:
         try:
             rehearsal = Rehearsal(config=config, overrides=overrides, ranks=given.ranks, seed=given.seed, out=out)
             chaos = inject_options(given.faults, given.kinds, given.seed) if given.faults else []
-            result = rehearse(rehearsal, chaos, given.kills, lambda text: print(text, file=shown, flush=True))
+            with torchrun.interrupted_by_signals():
+                result = rehearse(rehearsal, chaos, given.kills, lambda text: print(text, file=shown, flush=True))
         except RunError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
         except KeyboardInterrupt:
-            return 130
+            return torchrun.INTERRUPTED
     if given.json:
         print(json.dumps(result))
     return 0 if result["identical"] else 1

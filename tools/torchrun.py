@@ -8,12 +8,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 from launchers.env import LOOPBACK_ADDRESS, port_of
 from launchers.meeting import free_port
+
+INTERRUPTED = 130
 
 
 def command_of(ranks: int, argv: Sequence[str], *options: str) -> list[str]:
@@ -26,6 +29,46 @@ def command_of(ranks: int, argv: Sequence[str], *options: str) -> list[str]:
     return [*command, "launchers/train.py", *argv]
 
 
+def to_end(command: Sequence[str]) -> int:
+    """Run a command of `command_of` and return its exit code; 130 where Ctrl-C, SIGTERM or SIGHUP came.
+
+    Its ranks are then asked to save and stop; a second one ends all at once.
+    """
+    # A session of its own: otherwise Ctrl-C reaches torchrun by itself, which prints a traceback.
+    torchrun = subprocess.Popen(command, start_new_session=True)
+    with interrupted_by_signals():
+        try:
+            return torchrun.wait()
+        except KeyboardInterrupt:
+            _say("\ninterrupted: the ranks save and leave; again ends them at once, unsaved")
+        try:
+            # A rank that has stopped exits 0, so torchrun has nothing to report; SIGINT would be a failure to it.
+            for pid, parent in _parents().items():
+                if parent == torchrun.pid:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
+            torchrun.wait()
+        except KeyboardInterrupt:
+            end(torchrun)
+            _say("ended; the same command continues from the last checkpoint, if there was one")
+    return INTERRUPTED
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Take SIGTERM and SIGHUP, which a closed terminal sends, for Ctrl-C: who has started processes must end them."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 def end(torchrun: subprocess.Popen[bytes]) -> None:
     """Kill torchrun, its ranks and all that they have started, at one moment as far as the system permits."""
     torchrun.send_signal(signal.SIGSTOP)  # it must start no rank while they are looked up
@@ -36,6 +79,11 @@ def end(torchrun: subprocess.Popen[bytes]) -> None:
             with suppress(ProcessLookupError):
                 kill(pid, signal.SIGKILL)
     torchrun.wait()
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the terminal is gone
+        print(text, file=sys.stderr, flush=True)
 
 
 def _descendants_of(pid: int) -> list[int]:
