@@ -101,7 +101,7 @@ def encode_corpus(corpus: Corpus, encoder: Encoder, workers: int) -> Generator[E
         return
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
     try:
-        _start_workers(pool)
+        _start_workers(pool, workers)
         pending: deque[Future[Encoded]] = deque()
         for chunk in chunks:
             pending.append(pool.submit(encode_chunk, encoder, chunk))
@@ -227,11 +227,12 @@ def _tools(encoder: Encoder) -> _Tools:
     return _Tools(tokenizer, answers, tokenizer.token_bytes().astype(np.int64), tokenizer.prefix_bytes())
 
 
-def _start_workers(pool: ProcessPoolExecutor) -> None:
+def _start_workers(pool: ProcessPoolExecutor, workers: int) -> None:
     """Start all workers deaf to Ctrl-C from birth: one that is still importing would answer it with a traceback."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        pool.submit(os.getpid)
+        for _ in range(workers):  # each starts one, while none is idle
+            pool.submit(os.getpid)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -191,7 +191,7 @@ def _find(path: Path) -> Path:
     if not path.is_file():
         raise DataError(problem(str(path), "", "no such tokenizer", do=GIVE))
     if path.suffix not in (".model", ".json"):
-        raise DataError(problem(str(path), "", "is of another kind", do=GIVE))
+        raise DataError(problem(str(path), "", "is no tokenizer", do=GIVE))
     return path
 
 

@@ -1,6 +1,7 @@
 """A token store gives back what was written, and refuses what was altered."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,19 @@ def test_an_altered_manifest_is_refused(
     with pytest.raises(DataError) as caught:
         TokenStore.open(path)
     assert str(caught.value) == f"{path}/{expected}"
+
+
+def test_a_file_that_was_cut_since_it_was_mapped_is_named(make_store: Make, texts: list[str]) -> None:
+    """Reading its mapping would end the process."""
+    path = make_store(texts).path
+    split, file = TokenStore.open(path).split("train"), path / "train" / "tokens-00000.bin"
+    size = file.stat().st_size
+    assert len(split.read(0, 5)) == 5
+    os.truncate(file, 4)
+    with pytest.raises(
+        DataError, match=rf"tokens-00000\.bin: has 4 bytes, the manifest says {size} \(it was cut while"
+    ):
+        split.read(0, 1)
 
 
 def test_a_truncated_manifest_is_refused(make_store: Make, texts: list[str]) -> None:

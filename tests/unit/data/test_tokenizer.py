@@ -122,7 +122,7 @@ def test_llama_2_style_spaces_count_one_byte_too_many(tmp_path: Path) -> None:
         (
             "a.txt",
             b"x",
-            "{path}: is of another kind. Give a sentencepiece .model or a tokenizer.json, or a folder with one.",
+            "{path}: is no tokenizer. Give a sentencepiece .model or a tokenizer.json, or a folder with one.",
         ),
         (
             "a.model",
