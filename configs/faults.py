@@ -100,7 +100,7 @@ class FaultConfig:
     """When a run stops, what it does about bad steps, and how long it waits for a silent rank."""
 
     first_step_timeout_s: int = 1800
-    """Seconds a collective may take until the first step is done (start-up, compilation), and a save at any time."""
+    """Seconds a collective or a part of the start may take before the first step is done, and a save at any time."""
     step_timeout_s: int = 300
     """Seconds a collective or a step may take after that, whatever was learned of the run."""
     rendezvous_timeout_s: int = 300

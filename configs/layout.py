@@ -234,7 +234,7 @@ def _batch(config: Config, world_size: int, works: Works) -> Iterator[str]:
         expected = f"must be a multiple of the {ranks}"
         yield problem("data.global_batch_size", batch, expected, "every rank computes the same number of sequences", do)
     elif micro and share % micro:
-        expected = f"must divide the {share} of {batch} sequences that each of the {ranks} computes"
+        expected = f"must divide the {share} of {batch} sequences that a rank computes"
         sizes = works(config, world_size, "data.micro_batch_size", divisors(share))
         yield problem("data.micro_batch_size", micro, expected, do=f"Use {choices(sizes, micro)}.")
     elif config.parallel.accumulate == "unsharded" and (micro or (share if config.parallel.pp < 2 else 1)) == share:

@@ -20,6 +20,7 @@ from configs.schema import Config
 from engine.base_identity import base_identity, check_base
 from engine.checkpoint.checkpointer import Checkpointer, Found
 from engine.checkpoint.manifest import list_steps
+from engine.checkpoint.ranks import rank_0_first
 from engine.checkpoint.storage import free_space
 from engine.compiler import check_compiler
 from engine.data.batches import Batch, Batches
@@ -70,15 +71,19 @@ def build_run(
     layout = build_layout(config.parallel, device)
     say = progress.say if progress is not None else _silent
     folder = RunFolder(config.run)
-    _claim(folder, config, layout, say)
-    data, heldout = _open_batches(config, training=True), _heldout(config, layout)
-    _check_vocabulary(config, data)
-    say(f"{config.run.name}: {num_params(config.model):,} parameters, {_layout_text(layout)}, writing to {folder.path}")
-    care = take_care(
-        config, layout, folder, start or Start(), requests or StopRequests(), tell or say, heart or Heart(config.fault)
-    )
-    with care.until_built():
-        return _build_parts(config, given, layout, folder, data, heldout, care, progress, say)
+    heart = heart or Heart(config.fault)
+    try:
+        _claim(folder, config, heart, say)
+        data, heldout = _open_batches(config, training=True), _heldout(config, layout)
+        _check_vocabulary(config, data)
+        title = f"{config.run.name}: {num_params(config.model):,} parameters, {_layout_text(layout)}"
+        say(f"{title}, writing to {folder.path}")
+        care = take_care(config, layout, folder, start or Start(), requests or StopRequests(), tell or say, heart)
+        with care.until_built():
+            return _build_parts(config, given, layout, folder, data, heldout, care, progress, say)
+    except BaseException:
+        folder.give_up()
+        raise
 
 
 def _build_parts(
@@ -100,6 +105,7 @@ def _build_parts(
     if found is not None:
         check_base(found.meta, base, str(found.path))
     _begin_attempt(config, care, checkpointer, found, say)
+    care.heart.beat(0, "build")  # the time is for each part
     model, optimizer = _build_trained(config, layout, found, say)
     forward, forward_backward = build_passes(config, layout, model)
     care.injector.meet(model, checkpointer, data)
@@ -119,12 +125,14 @@ def _build_parts(
         base=base,
         tokens_of_members=[0] * len(config.adapter.members),
     )
+    care.heart.beat(0, "build")
     _continue_from(run, found, say)
     if layout.rank == 0:
         folder.write_configs(given, config)
     dist.barrier()
     # On all ranks at once: ranks that share a machine share its rate.
-    run.gemm_tflops = measured_gemm_tflops(layout.device, DTYPES[config.precision.compute])
+    dtype, budget_s = DTYPES[config.precision.compute], config.metrics.gemm_seconds
+    run.gemm_tflops = measured_gemm_tflops(layout.device, dtype, budget_s=budget_s)
     return run
 
 
@@ -238,21 +246,25 @@ def _layout_text(layout: Layout) -> str:
     return f"{ranks} on {layout.device.type}" + (f" ({degrees})" if degrees else "")
 
 
-def _claim(folder: RunFolder, config: Config, layout: Layout, say: Callable[[str], None]) -> None:
+def _claim(folder: RunFolder, config: Config, heart: Heart, say: Callable[[str], None]) -> None:
     """Hold the run's folder and have its stores ready; collective."""
-    if layout.rank == 0:
+
+    def claim() -> None:
         folder.claim()
-        _prepare_stores(config, say)
+        _prepare_stores(config, heart, say)
         prove_tokenizers(config)
-    # The others wait here for the folder and the stores; what rank 0 can't do ends the run for all of them.
-    dist.barrier()
+
+    heart.beat(0, "build")
+    rank_0_first(claim, config.fault.first_step_timeout_s / 4, lambda: heart.beat(0, "build"))
 
 
-def _prepare_stores(config: Config, say: Callable[[str], None]) -> None:
+def _prepare_stores(config: Config, heart: Heart, say: Callable[[str], None]) -> None:
     for store in config.data.stores:
         if store.sources and not Path(store.path).exists():
             say(f"preparing {store.path} from {', '.join(store.sources)}")
+            heart.beat(0, "start")
             prepare_from_config(store)
+            heart.beat(0, "build")
             say(f"prepared {store.path}")
 
 

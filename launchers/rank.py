@@ -10,6 +10,7 @@ import re
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -24,7 +25,7 @@ from configs.schema import Config
 from engine.build import build_run
 from engine.fault.attempts import Start
 from engine.fault.memory_snapshot import is_out_of_memory, tell_out_of_memory
-from engine.fault.record import Fault, FaultLog, append_fault
+from engine.fault.record import Fault, FaultLog, append_fault, read_lines
 from engine.fault.stop import StopRequests, reason_text
 from engine.fault.watch import watched
 from engine.folder import RunFolder
@@ -41,6 +42,11 @@ _LOST_PEER = re.compile(
     r"connection (was )?(closed|reset|refused)|timed out|timeout|broken pipe|remote process|unhandled system", re.I
 )
 
+VERDICT_S = 1.5
+"""How long a rank that has lost another waits to hear what became of it."""
+CAUSES = ("rank_lost", "error", "out_of_memory")
+"""Faults that take a rank away from the others."""
+
 
 def run_rank(config: Config, given: str, launch: Launch, requests: StopRequests, began: float) -> int:
     """Train as one of the ranks; `config` is resolved and `given` its text. Raises RunError for what users can mend.
@@ -55,7 +61,7 @@ def run_rank(config: Config, given: str, launch: Launch, requests: StopRequests,
         _be_deterministic()
     console = Console() if launch.rank == 0 else None
     with (
-        _as_run_errors(launch, config, device),
+        _as_run_errors(launch, config, device, began),
         ProgressDisplay(console, config.run.steps) if console else nullcontext() as progress,
     ):
         if config.compile.blocks or config.compile.loss:
@@ -117,8 +123,13 @@ def _farewell(run: Run, outcome: Outcome) -> str:
 def _known(error: BaseException, run: Run, launch: Launch) -> BaseException:
     """Return the error, or what memory's end is to a user; the snapshot is taken while the run still stands."""
     error = _cause(error, launch)
+    if _is_lost_peer(error, launch):
+        _log_error("".join(traceback.format_exception(error)))
+        known = RankFailure(_lost_peer(error, launch, run.folder, run.care.start.began))
+        known.__cause__ = error
+        return known
     if not is_out_of_memory(error):
-        if isinstance(error, Exception) and not isinstance(error, RunError) and not _is_lost_peer(error, launch):
+        if isinstance(error, Exception) and not isinstance(error, RunError):
             what, do = f"{type(error).__name__}: {error}", f"Read the traceback in {run.folder.logs}"
             run.care.log.own("error", what, "the run ended", do, step=run.step, said=False)
         return error
@@ -138,7 +149,7 @@ def _close_after_error(run: Run) -> None:
 
 
 @contextmanager
-def _as_run_errors(launch: Launch, config: Config, device: torch.device) -> Iterator[None]:
+def _as_run_errors(launch: Launch, config: Config, device: torch.device, began: float) -> Iterator[None]:
     """Log every error in full; turn what the machine or another rank did to this one into a RunError."""
     try:
         yield
@@ -152,7 +163,7 @@ def _as_run_errors(launch: Launch, config: Config, device: torch.device) -> Iter
             log = FaultLog(RunFolder(config.run).faults, launch.rank, lambda text: None, redact=redactor(os.environ))
             raise tell_out_of_memory(error, config, device, launch.local_world_size, log, None) from error
         if _is_lost_peer(error, launch):
-            raise RankFailure(_lost_peer(error, launch)) from error
+            raise RankFailure(_lost_peer(error, launch, RunFolder(config.run), began)) from error
         if not isinstance(error, OSError) or error.errno is None:
             raise
         where = error.filename or f"rank {launch.rank} of {launch.world_size}"
@@ -175,10 +186,21 @@ def _is_lost_peer(error: BaseException, launch: Launch) -> bool:
     return known and launch.world_size > 1 and _LOST_PEER.search(str(error)) is not None
 
 
-def _lost_peer(error: BaseException, launch: Launch) -> str:
-    first_line = str(error).strip().splitlines()[0]
+def _lost_peer(error: BaseException, launch: Launch, folder: RunFolder, began: float) -> str:
+    """Say that another rank is gone, and which, where it or the watchdog tells within a moment."""
+    where, what = f"rank {launch.rank} of {launch.world_size}", "lost contact with another rank"
+    now = time.monotonic()
+    since, end = time.time() - (now - began), now + VERDICT_S
+    while time.monotonic() < end:
+        for fault in read_lines(folder.faults):
+            if fault.get("kind") in CAUSES and fault.get("time", 0) > since and fault.get("rank") != launch.rank:
+                why = f"rank {fault.get('rank')} {fault.get('what')}"
+                return problem(where, "", what, why, "The same command continues from the last checkpoint.")
+        time.sleep(0.1)
+    # gloo puts the place in its sources before, and good wishes behind.
+    why = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[0]).partition(". This is typically")[0]
     do = "Look for the first error of another rank; the same command continues from the last checkpoint."
-    return problem(f"rank {launch.rank} of {launch.world_size}", "", "lost contact with another rank", first_line, do)
+    return problem(where, "", what, why, do)
 
 
 def _device(config: Config, launch: Launch) -> torch.device:

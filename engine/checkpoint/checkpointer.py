@@ -244,7 +244,8 @@ class Checkpointer:
         except BaseException as error:
             if ranks.index == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"{describe(error)} (earlier checkpoints are untouched)") from error
+            told = describe(error).rstrip(".")
+            raise CheckpointError(f"{told} (earlier checkpoints are untouched)") from error
         ranks.lead(lambda: self._expire(job.step, job.keep_before))
         return target, num_bytes
 

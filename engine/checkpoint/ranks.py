@@ -1,4 +1,4 @@
-"""What ranks tell each other about a checkpoint: JSON over a gloo group of the checkpoint's own.
+"""What ranks tell each other about files: of a checkpoint, as JSON over a gloo group of its own.
 
 The group is apart from the run's, so that a save in the background never meets a collective of the step. Messages are
 JSON and not pickles. What only rank 0 does, it does in `lead`, so that its failure is the same CheckpointError on every
@@ -8,8 +8,10 @@ itself.
 
 import datetime
 import json
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -70,6 +72,38 @@ class Ranks:
         if answer["error"]:
             raise CheckpointError(answer["error"])
         return answer["result"]
+
+
+def rank_0_first(work: Callable[[], object], every_s: float, beat: Callable[[], object]) -> None:
+    """Do `work` on rank 0, however long it takes, while the other ranks wait; collective over the run's ranks.
+
+    Rank 0 lets them know every so many seconds that it is still there, which is less than their group's time-out, and
+    they call `beat` each time. What `work` raises ends this rank, and the others find that it is gone.
+    """
+    if dist.get_world_size() == 1:
+        work()
+        return
+    if dist.get_rank() > 0:
+        going = torch.ones(1)
+        while going:
+            dist.broadcast(going, src=0)
+            beat()
+        return
+    done = threading.Event()
+
+    def tell() -> None:
+        with suppress(RuntimeError):  # a rank is gone, as the last word below finds out
+            while not done.wait(every_s):
+                dist.broadcast(torch.ones(1), src=0)
+
+    thread = threading.Thread(target=tell, name="rank-0-first", daemon=True)
+    thread.start()
+    try:
+        work()
+    finally:
+        done.set()
+        thread.join()
+    dist.broadcast(torch.zeros(1), src=0)
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None) -> list[Any]:

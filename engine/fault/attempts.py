@@ -142,7 +142,7 @@ class Attempts:
             return Progress(
                 int(entry["attempt"]), int(entry["step"]), float(entry["wall_s"]), float(entry["productive_s"])
             )
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError):
             return None
 
     def _last_logged_step(self) -> int:

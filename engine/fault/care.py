@@ -112,6 +112,7 @@ def take_care(
     if group is not None:
         sentinel.every(SAMPLE_S, stragglers.sample)
     sentinel.every(ANSWER_S, heart.answer_if_asked)
+    sentinel.every(1.0, lambda: _see_to_watchdog(heart, log))
     ends_at = start.began + fault.time_limit_s if fault.time_limit_s else None
     return Care(
         start=start,
@@ -128,3 +129,9 @@ def take_care(
         replicas=Replicas(group),
         injector=Injector(config, layout, folder),
     )
+
+
+def _see_to_watchdog(heart: Heart, log: FaultLog) -> None:
+    did = heart.revive_watchdog()
+    if did:
+        log.own("watchdog_lost", "the watchdog's process is gone, and its ranks are not", did)

@@ -21,13 +21,14 @@ from engine.fault.record import Fault
 from engine.fault.stacks import describe, main_thread, passes_on, waits_for_ranks
 
 _DOING = {
-    "start": "before",
-    "data": "getting the data of",
-    "step": "in",
-    "record": "in the record of",
-    "evaluate": "in the evaluation after",
-    "checkpoint": "in the checkpoint after",
-    "end": "leaving after",
+    "start": "starting",
+    "build": "building the run",
+    "data": "getting the data of step {}",
+    "step": "in step {}",
+    "record": "in the record of step {}",
+    "evaluate": "in the evaluation after step {}",
+    "checkpoint": "in the checkpoint after step {}",
+    "end": "leaving after step {}",
 }
 
 
@@ -146,7 +147,7 @@ def _state(late: Sequence[Finding], findings: Sequence[Finding]) -> str:
         return "their processes are stopped (SIGSTOP, or a debugger)" + (near and f", rank {first.rank}{near}")
     if not first.place:
         return "and their processes answer nothing" if several else "and its process answers nothing"
-    doing = f"{_DOING[first.phase]} step {first.step} at {first.place}"
+    doing = f"{_DOING[first.phase].format(first.step)} at {first.place}"
     if not first.waits and any(other.waits for other in findings):
         return f"{doing}, while others wait for {'them' if several else 'it'}"
     return doing

@@ -16,10 +16,10 @@ from typing import Literal, get_args
 
 from configs.faults import FaultConfig
 
-Phase = Literal["start", "data", "step", "record", "evaluate", "checkpoint", "end"]
+Phase = Literal["start", "build", "data", "step", "record", "evaluate", "checkpoint", "end"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 """In the order in which a rank passes through them."""
-_PATIENT = ("checkpoint", "end")
+_PATIENT = ("build", "checkpoint", "end")
 """A slow disk is no silent rank."""
 _UNWATCHED = ("start",)
 """Preparing a store takes as long as it takes."""
@@ -83,6 +83,10 @@ class Heart:
 
     def answer_if_asked(self) -> None:
         """Answer the watchdog's question; without one, nobody asks."""
+
+    def revive_watchdog(self) -> str:
+        """Start the watchdog again where it is gone; return what was done then, else nothing."""
+        return ""
 
     def _learn(self, lap_s: float) -> None:
         fault = self._fault

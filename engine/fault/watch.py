@@ -24,6 +24,9 @@ from engine.checkpoint.ranks import gather_json
 from engine.fault.heartbeat import Heart
 from engine.fault.watchdog import DUMP_SIGNAL
 
+REVIVALS = 3
+"""How often a watchdog that is gone is started again."""
+
 
 class WatchedHeart(Heart):
     """A heart whose beats, stacks and collectives the watchdog's process can read."""
@@ -35,6 +38,39 @@ class WatchedHeart(Heart):
         super().__init__(fault, self.files["beats"])
         faulthandler.enable(self.files["stacks"])
         faulthandler.register(DUMP_SIGNAL, self.files["stacks"])
+        self._job: dict[str, Any] = {}
+        self._watchdog: subprocess.Popen[str] | None = None
+        self._revivals = 0
+
+    def start_watchdog(self, job: dict[str, Any]) -> None:
+        """Start the process that watches the ranks of this node; it ends by itself."""
+        self._job = job
+        # The name of the run is for whoever reads the list of processes. The current folder is no place for modules.
+        command = [sys.executable, "-P", "-m", "engine.fault.watchdog", job["shown"]]
+        self._watchdog = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, text=True
+        )
+        assert self._watchdog.stdin is not None, "it is a pipe"
+        with suppress(BrokenPipeError):
+            self._watchdog.stdin.write(json.dumps(job))
+            self._watchdog.stdin.close()
+
+    def revive_watchdog(self) -> str:
+        """Start the process again where it is gone; one that always dies is left alone at last."""
+        if self._watchdog is None or self.phase == "end" or self._watchdog.poll() is None or self.pulse.read().gone:
+            return ""
+        if self._revivals == REVIVALS:
+            self._watchdog = None
+            return "It is left alone now; a hung run is ended by its collectives' time-outs"
+        self._revivals += 1
+        self.start_watchdog(self._job)
+        return "It was started again"
+
+    def leave(self) -> None:
+        """Leave in order, and the watchdog to itself: it outlives this rank."""
+        super().leave()
+        if self._watchdog is not None:
+            self._watchdog.returncode = 0
 
     def answer_if_asked(self) -> None:
         """Write down the last collectives of this process, as JSON, if the watchdog wants to know."""
@@ -66,7 +102,13 @@ def watched(fault: FaultConfig, run: Path, *, under_torchrun: bool) -> Iterator[
     ranks = gather_json(me, None) if dist.get_world_size() > 1 else [me]
     mine = [rank for rank in ranks if rank["node"] == me["node"]]
     if mine[0] is ranks[me["rank"]]:
-        _start_watchdog(run, ranks, mine)
+        firsts: dict[str, int] = {}
+        for rank in ranks:
+            firsts.setdefault(rank["node"], rank["rank"])
+        heart.start_watchdog(
+            {"run": str(run.resolve()), "shown": str(run), "began": ranks[0]["began"], "ranks": mine,
+             "nodes": sorted(firsts.values())}
+        )  # fmt: skip
     try:
         yield heart
     finally:
@@ -89,22 +131,3 @@ def _node() -> str:
     with suppress(OSError):
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
     return " ".join(parts)
-
-
-def _start_watchdog(run: Path, ranks: list[dict[str, Any]], mine: list[dict[str, Any]]) -> None:
-    """Start the process that watches the ranks of this node; it ends by itself."""
-    firsts: dict[str, int] = {}
-    for rank in ranks:
-        firsts.setdefault(rank["node"], rank["rank"])
-    job = {"run": str(run.resolve()), "shown": str(run), "began": ranks[0]["began"], "ranks": mine,
-           "nodes": sorted(firsts.values())}  # fmt: skip
-    # The name of the run is for whoever reads the list of processes. The current folder is no place for modules.
-    command = [sys.executable, "-P", "-m", "engine.fault.watchdog", str(run)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, text=True
-    )
-    assert process.stdin is not None, "it is a pipe"
-    with suppress(BrokenPipeError):
-        process.stdin.write(json.dumps(job))
-        process.stdin.close()
-    process.returncode = 0  # nobody waits for it: it outlives this rank

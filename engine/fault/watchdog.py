@@ -34,6 +34,8 @@ OTHER_NODES_S = 5.0
 """How often to look whether another node's watchdog has found the run silent."""
 STOPPED_S = 2.0
 """A look that comes so late was not this process's choice: the host slept, or SLURM suspended the job."""
+REPORT_S = 20.0
+"""Where a rank has left, others may wait for it: with an error it tells that first, which takes its turn."""
 TOGETHER_S = 0.3
 """Ranks that end within this time have one cause."""
 LEAVING_S = 5.0
@@ -57,7 +59,7 @@ class Watched:
         try:
             files = {name: os.open(f"{folder}/{number}", os.O_RDWR) for name, number in entry["files"].items()}
         except OSError as error:
-            if self.has_ended():
+            if self.has_ended() or isinstance(error, FileNotFoundError):  # it is ending, and has closed its files
                 raise ProcessLookupError from error
             raise
         self._stacks, self._collectives = files["stacks"], files["collectives"]
@@ -84,11 +86,18 @@ class Watched:
 
     def is_stopped(self) -> bool:
         """Tell whether the process stands still by SIGSTOP or a debugger."""
+        return self._stat(0) in ("T", "t")
+
+    def parent_now(self) -> int:
+        """Return the number of the process's parent; another takes it over when the parent goes."""
+        return int(self._stat(1) or 0)
+
+    def _stat(self, index: int) -> str:
+        """Return a field of the system's line on the process, counted from its state; empty where it has gone."""
         try:
-            stat = Path(f"/proc/{self.pid}/stat").read_text()
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[index]
         except OSError:
-            return False
-        return stat.rpartition(")")[2].split()[0] in "Tt"
+            return ""
 
 
 class Watchdog:
@@ -113,20 +122,26 @@ class Watchdog:
             say(f"watchdog: can't watch {ranks_named(list(denied))}: {next(iter(denied.values()))}; "
                 "a hung run is ended by its collectives' time-outs alone")  # fmt: skip
         self._launchers: dict[int, int] = {}
-        for parent in {rank.parent for rank in self._alive if rank.parent}:
+        # A rank whose parent is another process now has none: what has that number may be anything.
+        for parent in {rank.parent for rank in self._alive if rank.parent and rank.parent_now() == rank.parent}:
             with suppress(OSError):
                 self._launchers[os.pidfd_open(parent)] = parent
         self._oom_kills = oom_kills()
         self._patient_from = self._looked = self._asked_others = time.monotonic()
-        self._end_by = float("inf")
+        self._end_by, self._left_at = float("inf"), -float("inf")
 
     def run(self) -> None:
         """Watch until no rank is left, or none that could still go on."""
+        for parent in {rank.parent for rank in self._alive if rank.parent} - set(self._launchers.values()):
+            self._stop_ranks_of(parent)  # a watchdog before this one has not seen it go
         while self._alive:
             ended = self._wait(LOOK_S)
             if ended:
                 self._take_out(ended)
-            self._alive = [rank for rank in self._alive if not rank.pulse.read().gone]
+            gone = [rank for rank in self._alive if rank.pulse.read().gone]
+            if gone:
+                self._left_at = time.monotonic()
+                self._alive = [rank for rank in self._alive if rank not in gone]
             if time.monotonic() >= self._end_by:
                 self._kill([rank for rank in self._alive if rank.pulse.read().phase != "end"])
                 return
@@ -155,7 +170,7 @@ class Watchdog:
         now = time.monotonic()  # before the beats are read: what comes between the two makes no rank silent
         # Where all of a node are stopped, somebody has suspended them; where one is, the others wait for it.
         suspended = bool(self._alive) and all(rank.is_stopped() for rank in self._alive)
-        if suspended or now - self._looked > STOPPED_S:
+        if suspended or now - self._looked > STOPPED_S or now - self._left_at < REPORT_S:
             self._patient_from = now
         self._looked = now
         beats = [rank.pulse.read() for rank in self._alive]

@@ -91,7 +91,7 @@ WRONG_CONFIGS = {
     ),
     "no share of the batch": (
         "--data.micro_batch_size 3",
-        "data.micro_batch_size = 3: must divide the 8 of 8 sequences that each of the 1 rank computes. "
+        "data.micro_batch_size = 3: must divide the 8 of 8 sequences that a rank computes. "
         "Use 1, 2, 4 or 8.",
     ),
     "metrics off": ("--metrics.every_steps 0", "metrics.every_steps = 0: must be at least 1."),

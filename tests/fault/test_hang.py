@@ -20,11 +20,12 @@ import torch.distributed as dist
 
 from configs.faults import FaultConfig
 from engine.fault.record import read_lines
-from engine.fault.watch import watched
+from engine.fault.watch import WatchedHeart, watched
 from tests.ranks import RanksFailed, run_ranks
-from tests.runs import SCRIPT, Processes, last_step, run_to_end
+from tests.runs import SCRIPT, Processes, assert_same_end, last_step, run_to_end
 
 HANG = ("--fault.hang_min_s", "4")
+CONSTANT = ("--lr.schedule", "constant")
 
 
 def inject(kind: str, **given: object) -> tuple[str, ...]:
@@ -52,17 +53,16 @@ def assert_ended_by_watchdog(processes: Processes, run: Path) -> dict[str, Any]:
     return fault
 
 
-def test_a_stopped_process_is_named_and_the_job_ends(workplace: Path) -> None:
-    run = workplace / "runs" / "stopped"
-    with Processes(workplace, 2, "--run.name", "stopped", "--run.steps", "2000", *HANG) as processes:
-        processes.until(lambda: last_step(run) >= 12)
-        pid = processes.ranks[1].pid
-        assert pid is not None
-        os.kill(pid, signal.SIGSTOP)
+def test_a_stopped_process_is_named_and_the_job_ends_and_goes_on(workplace: Path, whole: Path) -> None:
+    """One of two: where all ranks of a node are stopped, somebody has suspended them."""
+    run, command = workplace / "runs" / "stopped", ("--run.name", "stopped", *HANG, *inject("freeze", rank=1, step=12))
+    with Processes(workplace, 2, *command) as processes:
         fault = assert_ended_by_watchdog(processes, run)
-    assert (fault["rank"], fault["more"]["ranks"], fault["attempt"]) == (1, [1], 1)
-    assert fault["step"] >= 12
+    assert (fault["rank"], fault["more"]["ranks"], fault["attempt"], fault["step"]) == (1, [1], 1, 12)
     assert re.match(r"no step for \d+ s, \d+ s are allowed: rank 1 is behind, its process is stopped", fault["what"])
+    code, output = run_to_end(workplace, 2, *command)
+    assert code == 0, output
+    assert_same_end(run, whole)
 
 
 def test_a_rank_that_hangs_outside_of_collectives_is_named_with_its_last_operation(workplace: Path) -> None:
@@ -90,6 +90,17 @@ def test_a_long_first_step_is_allowed(workplace: Path) -> None:
     assert code == 0, output
     assert not (workplace / "runs" / "slow" / "stacks").exists()
     assert faults_of(workplace / "runs" / "slow", "hang") == []
+
+
+def test_a_start_that_hangs_on_a_file_has_a_deadline_too(workplace: Path) -> None:
+    """A pipe that nobody writes into is read as a dead network file system is: for ever."""
+    run = workplace / "runs" / "stuck"
+    (workplace / "silent").mkdir()
+    os.mkfifo(workplace / "silent" / "manifest.json")
+    command = ("--run.name", "stuck", "--data.stores.0.path", "silent", "--fault.first_step_timeout_s", "4")
+    with Processes(workplace, 1, *command) as processes:
+        fault = assert_ended_by_watchdog(processes, run)
+    assert "rank 0 is behind, building the run at engine/data/store.py:" in fault["what"], fault["what"]
 
 
 def watchdogs_of(run: Path | str) -> list[Path]:
@@ -144,6 +155,38 @@ def test_a_killed_rank_is_told_in_one_line(workplace: Path) -> None:
     assert said == f"was killed by SIGKILL ({where}). The job ends. The same command continues from the last checkpoint"
     assert (fault["rank"], fault["more"]["ranks"], fault["more"]["signal"]) == (1, [1], "SIGKILL")
     assert fault["step"] >= 6
+
+
+def test_a_killed_watchdog_is_started_again(workplace: Path) -> None:
+    """And the new one knows the ranks: it tells which of them is lost."""
+    run = workplace / "runs" / "revived"
+    with Processes(workplace, 2, "--run.name", "revived", "--run.steps", "100000", *CONSTANT) as processes:
+        processes.until(lambda: last_step(run) >= 3)
+        (first,) = watchdogs_of("runs/revived")
+        os.kill(int(first.name), signal.SIGKILL)
+        processes.until(lambda: watchdogs_of("runs/revived") not in ([], [first]))
+        processes.until(lambda: len(memory_held_by_watchdogs_of("runs/revived")) == 2)
+        processes.ranks[1].kill()
+        processes.join(end_all=False)
+        until(lambda: not watchdogs_of("runs/revived"))
+    assert [fault["kind"] for fault in read_lines(run / "faults.jsonl")] == ["watchdog_lost", "rank_lost"]
+    said = "watchdog_lost: the watchdog's process is gone, and its ranks are not (rank 0 on "
+    assert said in processes.output() and "It was started again\n" in processes.output()
+
+
+def revived_until_left_alone(folder: str) -> list[str]:
+    """Start a watchdog that has nobody to watch and so ends at once, and see to it again and again."""
+    heart = WatchedHeart(FaultConfig())
+    heart.start_watchdog({"run": folder, "shown": folder, "began": "now", "ranks": [], "nodes": []})
+    done: list[str] = []
+    until(lambda: [done.append(text) for text in [heart.revive_watchdog()] if text] and "left alone" in done[-1])
+    return [*done, heart.revive_watchdog()]
+
+
+def test_a_watchdog_that_always_dies_is_left_alone_and_that_is_said(tmp_path: Path) -> None:
+    (done,) = run_ranks(1, revived_until_left_alone, str(tmp_path))
+    left = "It is left alone now; a hung run is ended by its collectives' time-outs"
+    assert done == ["It was started again"] * 3 + [left, ""]
 
 
 def read_under_a_shrinking_file(folder: str) -> None:

@@ -36,19 +36,22 @@ def snapshot_of(run: Path, rank: int) -> dict[str, Any]:
 
 
 def test_one_rank_of_two_asks_for_what_no_machine_has(workplace: Path) -> None:
-    fault = ("--fault.inject.kind", "out_of_memory", "--fault.inject.rank", "1", "--fault.inject.step", "3")
+    # Its turn to speak comes later than the other rank's silence is a hang: it is none.
+    fault = ("--fault.inject.kind", "out_of_memory", "--fault.inject.rank", "1", "--fault.inject.step", "12",
+             "--fault.hang_min_s", "4")  # fmt: skip
     code, output = run_to_end(workplace, 2, "--run.name", "asked", *fault)
     assert code == 1
-    assert f"error: rank 1 on {socket.gethostname()}, step 3: out of memory: allocating 1073741824.00 GiB " in output
+    assert f"error: rank 1 on {socket.gethostname()}, step 12: out of memory: allocating 1073741824.00 GiB " in output
     assert "runs/asked/memory/rank-00001.json). Try in this order: " in output
     assert "Traceback" not in output, output
     run = workplace / "runs" / "asked"
     assert sorted(path.name for path in (run / "memory").iterdir()) == ["rank-00001.json"]
+    assert "hang: " not in output
     (fault_line,) = (entry for entry in read_lines(run / "faults.jsonl") if entry["kind"] == "out_of_memory")
-    assert (fault_line["rank"], fault_line["step"]) == (1, 3)
+    assert (fault_line["rank"], fault_line["step"]) == (1, 12)
     assert fault_line["file"] == "runs/asked/memory/rank-00001.json"
     snapshot = snapshot_of(run, 1)
-    assert (snapshot["rank"], snapshot["step"], snapshot["asked_bytes"]) == (1, 3, 1 << 60)
+    assert (snapshot["rank"], snapshot["step"], snapshot["asked_bytes"]) == (1, 12, 1 << 60)
     # 13,520 numbers of fp32 over two ranks, and AdamW's two moments of each beside its count of steps.
     assert snapshot["held_bytes"]["weights"] == {"float32": 4 * 13520 // 2}
     moments = snapshot["held_bytes"]["optimizer"]["float32"]

@@ -49,13 +49,9 @@ def stop_while_saving(processes: Processes, checkpoints: Path, step: int) -> Non
     processes.until(stopped_in_it)
 
 
-@pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_killed_at_any_moment_the_same_command_continues_bit_for_bit(
-    workplace: Path, whole: Path, asynchronous: str
-) -> None:
-    name = f"killed-{asynchronous}"
-    command = ("--run.name", name, "--checkpoint.asynchronous", asynchronous)
-    run = workplace / "runs" / name
+def test_killed_at_any_moment_the_same_command_continues_bit_for_bit(workplace: Path, whole: Path) -> None:
+    """Saves in the background; test_random_kills.py has the blocking ones too."""
+    run, command = workplace / "runs" / "killed", ("--run.name", "killed")
     moments: list[Callable[[Processes], None]] = [
         lambda start: start.until((run / ".lock").exists),
         lambda start: start.until(lambda: last_step(run) >= 3),  # before the first checkpoint
@@ -70,7 +66,7 @@ def test_killed_at_any_moment_the_same_command_continues_bit_for_bit(
     assert list((run / "checkpoints").glob(".tmp-step-*"))
     code, output = run_to_end(workplace, 2, *command)
     assert code == 0, output
-    assert f"continuing from runs/{name}/checkpoints/step-000000" in output
+    assert "continuing from runs/killed/checkpoints/step-000000" in output
     assert not list((run / "checkpoints").glob(".tmp-step-*"))
     assert_same_end(run, whole)
 
@@ -91,9 +87,9 @@ def test_torchrun_and_all_its_ranks_killed(workplace: Path, whole: Path) -> None
             os.kill(pid, signal.SIGKILL)
         agent.communicate()
     assert not (run / "checkpoints" / f"step-{STEPS:08d}").exists()
-    finished = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=60)
-    assert finished.returncode == 0, finished.stderr
-    assert "continuing from runs/torchrun/checkpoints/step-000000" in finished.stdout
+    code, output = run_to_end(workplace, 2, "--run.name", "torchrun")
+    assert code == 0, output
+    assert "continuing from runs/torchrun/checkpoints/step-000000" in output
     assert_same_end(run, whole)
 
 

@@ -82,7 +82,10 @@ def test_a_torn_history_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
     history(tmp_path, (0, 0))
     with (tmp_path / "attempts.jsonl").open("a") as file:
         file.write('{"event": "en')
-    (tmp_path / "progress.json").write_text('{"attempt": ')
+        file.write("\n" + "[" * 200_000 + "\n")
+    for text in ('{"attempt": ', '{"attempt": 1, "step": 1e999, "wall_s": 1, "productive_s": 1}'):
+        (tmp_path / "progress.json").write_text(text)
+        assert Attempts(tmp_path, start()).last is None
     assert Attempts(tmp_path, start()).begin(0, 0.0) == 0
     assert [line["attempt"] for line in read_lines(tmp_path / "attempts.jsonl")] == [1, 2]
 

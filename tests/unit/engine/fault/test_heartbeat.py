@@ -31,6 +31,7 @@ class Rank:
 def test_what_is_done_for_the_first_time_may_take_long() -> None:
     rank = Rank()
     assert rank.heart.pulse.read().allowed_s == float("inf")
+    assert [rank.allowed(0, "build") for _ in range(3)] == [1000.0] * 3
     assert [rank.allowed(1, phase) for phase in ("data", "step", "record")] == [1000.0] * 3
     assert [rank.allowed(2, phase) for phase in ("data", "step", "evaluate", "evaluate")] == [
         10.0,

@@ -177,6 +177,18 @@ def test_a_rank_that_comes_on_while_it_is_looked_at_is_not_silent(
         assert (told, rank.process.poll()) == ([], None)
 
 
+def test_a_torchrun_that_went_before_the_watchdog_came_is_missed_too(tmp_path: Path) -> None:
+    """As when both are killed together, and a rank starts the watchdog again: another process may have its number."""
+    rank, told = Rank(0, 5, 1800), list[str]()
+    rank.entry["parent"] = 1
+    with started(rank):
+        Watchdog(job_of(tmp_path, [0], rank), told.append).run()
+        assert rank.process.wait(30) == -signal.SIGTERM
+    (said,) = [text for text in told if text.startswith("launcher_lost: ")]
+    assert said.startswith("launcher_lost: torchrun (process 1) is gone, and its ranks were left alone (")
+    assert read_lines(tmp_path / "faults.jsonl")[0]["kind"] == "launcher_lost"
+
+
 def test_ranks_that_end_while_their_torchrun_is_missed_are_no_orphans(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,14 +219,14 @@ def test_a_watchdog_that_can_watch_nobody_says_so(tmp_path: Path) -> None:
     told: list[str] = []
     with started(*ranks):
         for rank in ranks:
-            rank.entry["files"]["stacks"] = 999
+            rank.entry["files"]["stacks"] = "../fd"  # is there, and can't be opened
         Watchdog(job_of(tmp_path, [0], *ranks), told.append).run()
         for rank in ranks:
             rank.process.kill()
             os.waitid(os.P_PID, rank.process.pid, os.WEXITED | os.WNOWAIT)
         Watchdog(job_of(tmp_path, [0], *ranks), told.append).run()
     (line,) = told
-    assert line.startswith("watchdog: can't watch ranks 0 and 1: ") and f"/proc/{ranks[0].process.pid}/fd/999" in line
+    assert line.startswith("watchdog: can't watch ranks 0 and 1: ") and f"/proc/{ranks[0].process.pid}/fd/../fd" in line
     assert line.endswith("; a hung run is ended by its collectives' time-outs alone")
 
 
