@@ -13,10 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from configs.errors import INTERRUPTED
 from launchers.env import LOOPBACK_ADDRESS, port_of
 from launchers.meeting import free_port
-
-INTERRUPTED = 130
 
 
 def command_of(ranks: int, argv: Sequence[str], *options: str) -> list[str]:
@@ -38,17 +37,17 @@ def to_end(command: Sequence[str]) -> int:
     torchrun = subprocess.Popen(command, start_new_session=True)
     with interrupted_by_signals():
         try:
-            return torchrun.wait()
-        except KeyboardInterrupt:
-            _say("\ninterrupted: the ranks save and leave; again ends them at once, unsaved")
-        try:
-            # A rank that has stopped exits 0, so torchrun has nothing to report; SIGINT would be a failure to it.
-            for pid, parent in _parents().items():
-                if parent == torchrun.pid:
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGTERM)
-            torchrun.wait()
-        except KeyboardInterrupt:
+            try:
+                return torchrun.wait()
+            except KeyboardInterrupt:
+                _say("\ninterrupted: the ranks save and leave; again ends them at once, unsaved")
+                # A rank that has stopped exits 0, so torchrun has nothing to report; SIGINT would be a failure to it.
+                for pid, parent in _parents().items():
+                    if parent == torchrun.pid:
+                        with suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGTERM)
+                torchrun.wait()
+        except KeyboardInterrupt:  # from the first word on
             end(torchrun)
             _say("ended; the same command continues from the last checkpoint, if there was one")
     return INTERRUPTED
@@ -71,14 +70,19 @@ def interrupted_by_signals() -> Iterator[None]:
 
 def end(torchrun: subprocess.Popen[bytes]) -> None:
     """Kill torchrun, its ranks and all that they have started, at one moment as far as the system permits."""
-    torchrun.send_signal(signal.SIGSTOP)  # it must start no rank while they are looked up
-    below = _descendants_of(torchrun.pid)
-    torchrun.kill()
-    for pid in below:
-        for kill in (os.killpg, os.kill):  # a process just forked leads no group yet
-            with suppress(ProcessLookupError):
-                kill(pid, signal.SIGKILL)
-    torchrun.wait()
+    # Whoever presses Ctrl-C once more must not interrupt this.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        torchrun.send_signal(signal.SIGSTOP)  # it must start no rank while they are looked up
+        below = _descendants_of(torchrun.pid)
+        torchrun.kill()
+        for pid in below:
+            for kill in (os.killpg, os.kill):  # a process just forked leads no group yet
+                with suppress(ProcessLookupError):
+                    kill(pid, signal.SIGKILL)
+        torchrun.wait()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _say(text: str) -> None:
