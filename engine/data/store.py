@@ -10,9 +10,9 @@
       bytes.bin            uint32 (documents): UTF-8 bytes of each document
       answers.bin          uint8 (tokens): 1 where the token is an answer's; in stores of examples only
 
-All numbers are little-endian. Opening compares every size with the manifest, and each read with what the file is then,
-so that a truncated file can't end the process by SIGBUS under its mapping; `verify="full"` hashes every byte, as
-engine/proof.py does for a run, on all ranks together. Written by prepare.py.
+All numbers are little-endian. Opening compares every size with the manifest; `verify="full"` hashes every byte, as
+engine/proof.py does for a run, on all ranks together. Bounds of documents are mapped, tokens are read by position.
+Written by prepare.py.
 """
 
 import hashlib
@@ -26,7 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import DataError, problem
-from engine.files import FileEntry, hash_file
+from engine.data.number_file import RESTORE, NumberFile
+from engine.files import READ_BYTES, FileEntry, hash_file
 
 FORMAT = "ropewalk-token-store"
 VERSION = 1
@@ -37,7 +38,6 @@ OFFSETS = "offsets.bin"
 DOCUMENT_BYTES = "bytes.bin"
 ANSWERS = "answers.bin"
 SPLITS = ("train", "heldout")
-RESTORE = "Restore it from a copy, or prepare the store again."
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 SplitName = Literal["train", "heldout"]
@@ -101,19 +101,19 @@ _IDENTITY = ("kind", "sha256", "vocab_size", "eos_id", "bos_id", "prefix_bytes")
 
 
 class Split:
-    """The documents of one side of a store, read through memory maps."""
+    """The documents of one side of a store."""
 
     def __init__(self, folder: Path, entry: SplitEntry, dtype: str, shard_tokens: int, vocab_size: int) -> None:
-        """Map the files; their sizes must have been checked."""
+        """Open the files; their sizes must have been checked."""
         self.folder, self._vocab_size = folder, vocab_size
         self.num_documents, self.num_tokens, self.num_bytes = entry.documents, entry.tokens, entry.bytes
         self.offsets: npt.NDArray[np.uint64] = _map(folder / OFFSETS, np.dtype("<u8"), entry.documents + 1)
         self.document_bytes: npt.NDArray[np.uint32] = _map(folder / DOCUMENT_BYTES, np.dtype("<u4"), entry.documents)
         marked = ANSWERS in entry.files
-        self._answers = _map(folder / ANSWERS, np.dtype("u1"), entry.tokens) if marked else None
+        self._answers = NumberFile(folder / ANSWERS, np.dtype("u1"), entry.tokens) if marked else None
         self._shard_tokens, self._dtype = shard_tokens, DTYPES[dtype]
         self._shards = [
-            _map(folder / shard_name(index), self._dtype, min(shard_tokens, entry.tokens - index * shard_tokens))
+            NumberFile(folder / shard_name(index), self._dtype, min(shard_tokens, entry.tokens - index * shard_tokens))
             for index in range(num_shards(entry.tokens, shard_tokens))
         ]
         if int(self.offsets[0]) != 0 or int(self.offsets[-1]) != entry.tokens:
@@ -123,41 +123,27 @@ class Split:
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Copy tokens start..stop-1 of the split (tokens), in the store's own type.
 
-        Raises DataError for a file that was cut since it was mapped, which would end the process, and for a token that
-        the tokenizer doesn't have, which would end in an index error of the embedding.
+        Raises DataError for a file that was cut since it was opened, and for a token that the tokenizer doesn't have,
+        which would end in an index error of the embedding.
         """
         assert 0 <= start <= stop <= self.num_tokens, f"tokens {start}..{stop} of {self.num_tokens}"
         size, out, filled = self._shard_tokens, np.empty(stop - start, dtype=self._dtype), 0
         while start < stop:
-            shard, begin = divmod(start, size)
-            mapped = self._shards[shard]
-            file: Any = mapped.base  # an mmap, which knows how large its file is now
-            if file.size() < mapped.nbytes:
-                what = f"has {file.size()} bytes, the manifest says {mapped.nbytes}"
-                raise DataError(problem(self._where(shard), "", what, "it was cut while it was read", RESTORE))
-            piece = out[filled : filled + min(stop - start, size - begin)]
-            piece[:] = mapped[begin : begin + len(piece)]
+            index, begin = divmod(start, size)
+            shard, piece = self._shards[index], out[filled : filled + min(stop - start, size - begin)]
+            shard.read(begin, piece)
             if int(piece.max()) >= self._vocab_size:
                 wrong = int(np.argmax(piece >= self._vocab_size))
                 what = f"must be below {self._vocab_size}, the tokens of the tokenizer"
-                at = f"{self._where(shard)}: token {begin + wrong}"
+                at = f"{shard.path}: token {begin + wrong}"
                 raise DataError(problem(at, int(piece[wrong]), what, "the file was altered", RESTORE))
             start, filled = start + len(piece), filled + len(piece)
         return out
 
-    def _where(self, shard: int) -> str:
-        return str(self.folder / shard_name(shard))
-
     def rot(self) -> None:
-        """Make all tokens such as no tokenizer has, for this process only: a corrupt store, for fault.inject.
-
-        Copied on write: what is read takes memory from here on, so this is for small stores.
-        """
-        for index, shard in enumerate(self._shards):
-            path = self.folder / shard_name(index)
-            rotten = np.memmap(path, dtype=self._dtype, mode="c", shape=shard.shape)
-            rotten[:] = np.iinfo(self._dtype).max
-            self._shards[index] = rotten
+        """Make all tokens such as no tokenizer has, for this process only: a corrupt store, for fault.inject."""
+        for shard in self._shards:
+            shard.rot()
 
     def check_bounds(self) -> None:
         """Raise DataError unless documents follow each other; reads all of their bounds."""
@@ -167,13 +153,16 @@ class Split:
     @property
     def has_targets(self) -> bool:
         """Say whether any token is marked as an answer's."""
-        return self._answers is not None and bool(self._answers.any())
+        pieces = range(0, self.num_tokens if self._answers is not None else 0, READ_BYTES)
+        return any(self.read_answers(at, min(at + READ_BYTES, self.num_tokens)).any() for at in pieces)
 
     def read_answers(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Copy which of tokens start..stop-1 are an answer's (tokens); the store must have marks."""
         assert self._answers is not None, "a store without marks"
         assert 0 <= start <= stop <= self.num_tokens, f"tokens {start}..{stop} of {self.num_tokens}"
-        return self._answers[start:stop] != 0
+        marks = np.empty(stop - start, dtype="u1")
+        self._answers.read(start, marks)
+        return marks != 0
 
 
 class TokenStore:

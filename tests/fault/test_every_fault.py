@@ -168,13 +168,11 @@ def test_a_corrupt_batch_ends_the_run_by_place_and_another_reading_goes_on(workp
     assert_same_end(run, alone)
 
 
-def test_a_store_that_is_cut_under_its_mapping_ends_the_run_by_name(workplace: Path, tmp_path: Path) -> None:
+def test_a_store_that_is_cut_under_a_run_ends_it_by_name(workplace: Path, tmp_path: Path) -> None:
     """It destroys the store, so it has one of its own."""
     shutil.copytree(workplace / "store", tmp_path / "store")
     shutil.copy(workplace / "tiny.toml", tmp_path)
     code, output = run_to_end(tmp_path, 1, *inject("truncate_store", step=7))
-    if code == -signal.SIGBUS:  # cut between the look of the thread that reads ahead and its copy, which is rare
-        return
     assert (code, output.count("error:"), output.count("Traceback")) == (1, 1, 0), output
     assert "store/train/tokens-00000.bin: has 0 bytes, the manifest says " in output
     assert [fault["kind"] for fault in read_lines(tmp_path / "runs" / "tiny" / "faults.jsonl")] == ["bad_batch"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs.errors import DataError
+from engine.data.number_file import NumberFile
 from engine.data.prepare import Prepared
 from engine.data.store import TokenStore, smallest_dtype
 from engine.data.tokenizer import Tokenizer
@@ -128,17 +129,23 @@ def test_an_altered_manifest_is_refused(
     assert str(caught.value) == f"{path}/{expected}"
 
 
-def test_a_file_that_was_cut_since_it_was_mapped_is_named(make_store: Make, texts: list[str]) -> None:
-    """Reading its mapping would end the process."""
+def test_a_file_that_was_cut_since_it_was_opened_is_named(make_store: Make, texts: list[str]) -> None:
+    """Even between a look at its size and the reading, which under a mapping would end the process by SIGBUS."""
     path = make_store(texts).path
     split, file = TokenStore.open(path).split("train"), path / "train" / "tokens-00000.bin"
-    size = file.stat().st_size
-    assert len(split.read(0, 5)) == 5
-    os.truncate(file, 4)
+    size, first = file.stat().st_size, split.read(0, 2)
+    os.truncate(file, 5)
+    assert split.read(0, 2).tolist() == first.tolist()
     with pytest.raises(
-        DataError, match=rf"tokens-00000\.bin: has 4 bytes, the manifest says {size} \(it was cut while"
+        DataError, match=rf"tokens-00000\.bin: has 5 bytes, the manifest says {size} \(it was cut while"
     ):
-        split.read(0, 1)
+        split.read(0, 3)
+
+
+def test_a_file_that_the_system_can_not_read_is_named(tmp_path: Path) -> None:
+    folder = NumberFile(tmp_path, np.dtype("<u2"), 3)
+    with pytest.raises(DataError, match=rf"^{tmp_path}: can't be read \(Is a directory\)\. Restore it from a copy"):
+        folder.read(0, np.empty(3, dtype="<u2"))
 
 
 def test_a_truncated_manifest_is_refused(make_store: Make, texts: list[str]) -> None:
