@@ -15,6 +15,9 @@ It lives in the lowest room because every room raises. A message has five parts:
 
 from collections.abc import Sequence
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+
 
 class RunError(Exception):
     """A run can't start or go on; the text is complete and a traceback adds nothing."""

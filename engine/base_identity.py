@@ -18,7 +18,7 @@ import torch
 
 from configs.errors import CheckpointError, problem
 from configs.schema import Config, ModelConfig
-from engine.checkpoint.ranks import Ranks, describe
+from engine.ranks import Ranks, describe
 from models.hf_weights import HfWeights, Reader, parameter_shapes
 
 META = "base"

@@ -20,7 +20,6 @@ from configs.schema import Config
 from engine.base_identity import base_identity, check_base
 from engine.checkpoint.checkpointer import Checkpointer, Found
 from engine.checkpoint.manifest import list_steps
-from engine.checkpoint.ranks import rank_0_first
 from engine.checkpoint.storage import free_space
 from engine.compiler import check_compiler
 from engine.data.batches import Batch, Batches
@@ -39,6 +38,7 @@ from engine.peaks import measured_gemm_tflops
 from engine.pipelined import pipelined
 from engine.progress import ProgressDisplay
 from engine.proof import prove_inputs, prove_tokenizers
+from engine.ranks import rank_0_first
 from engine.run import Run
 from engine.step import Forward, ForwardBackward, direct
 from engine.trained import trained_table

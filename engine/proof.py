@@ -19,11 +19,11 @@ import torch
 from configs.errors import CheckpointError, ConfigError, DataError, problem
 from configs.schema import Config
 from engine.checkpoint.manifest import share_files
-from engine.checkpoint.ranks import Ranks
 from engine.data.store import TokenStore, all_files
 from engine.data.tokenizer import Tokenizer
 from engine.fault.record import FaultLog
 from engine.files import FileEntry, hash_file
+from engine.ranks import Ranks
 from models.checksums import read_checksums
 
 SAID_FROM_BYTES = 1 << 30

@@ -24,7 +24,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
 
 from configs.check import missing_files, resolve
-from configs.errors import ConfigError, RankFailure, RunError, problem
+from configs.errors import INTERRUPTED, ConfigError, RankFailure, RunError, problem
 from configs.load import find_config, load_config
 from configs.schema import Config
 from launchers.exports import exported_names, job_environment
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def prepare(options: argparse.Namespace, overrides: Sequence[str], script: Path = TRAIN_SCRIPT) -> Submission:

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from configs.check import missing_files, resolve
 from configs.cli import parse_command_line
-from configs.errors import ConfigError, RunError
+from configs.errors import INTERRUPTED, ConfigError, RunError
 from configs.load import find_config
 from configs.schema import Config
 from engine.fault.stop import INTERRUPT, StopRequests
@@ -24,7 +24,6 @@ from launchers.allocator import use_huge_pages
 from launchers.env import Launch, read_launch
 from launchers.redaction import redactor
 
-INTERRUPTED = 130
 TURN_S = 5.0
 """How long a rank leaves the word to those before it."""
 

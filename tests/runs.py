@@ -193,6 +193,23 @@ def last_step(run: Path) -> int:
     return max((entry["step"] for entry in read_metrics(path)), default=-1) if path.exists() else -1
 
 
+def until(condition: Callable[[], Any], limit_s: float = LIMIT_S) -> None:
+    """Wait until a condition holds."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, f"not so after {limit_s:g} s"
+        time.sleep(0.01)
+
+
+def processes_naming(path: Path) -> dict[int, str]:
+    """Command lines of all processes that name `path`, by their numbers."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found[int(entry.parent.name)] = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return {pid: line for pid, line in found.items() if str(path) in line}
+
+
 def _rank_main(
     argv: Sequence[str], variables: dict[str, str], workplace: str, output: str, limits: Callable[[], None] | None
 ) -> None:

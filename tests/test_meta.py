@@ -155,7 +155,7 @@ PICKLES = re.compile(
     # What reads or writes one: torch's files, numpy's of objects, torch's dumps of memory and of DCP.
     r"|\btorch\.(load|save)$|\b(np|numpy)\.(load|save|savez)$|\ballow_pickle$|\b_?dump_snapshot$"
     r"|\b(dcp_to_torch_save|torch_save_to_dcp|FileSystemReader|FileSystemWriter)$"
-    # Between ranks: JSON goes there (engine/checkpoint/ranks.py).
+    # Between ranks: JSON goes there (engine/ranks.py).
     r"|_object_list$|\b(all_)?gather_object$|\bscatter_object"
     # What runs code of others.
     r"|\btrust_remote_code$|^(eval|exec|compile|__import__)\(\)$"

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from configs.check import resolve
-from configs.errors import ConfigError, RunError
+from configs.errors import INTERRUPTED, ConfigError, RunError
 from configs.load import load_config
 from configs.schema import Config
 from launchers.env import usable_cores
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     figures = report(config, device, threads, found)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")

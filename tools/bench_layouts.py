@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from configs.check import resolve
-from configs.errors import RunError
+from configs.errors import INTERRUPTED, RunError
 from configs.load import load_config
 from configs.schema import Config
 from launchers.allocator import huge_pages_for_children, keep_freed_memory
@@ -221,7 +221,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0

@@ -19,7 +19,7 @@ import torch
 
 from configs.adapters import AdapterConfig
 from configs.check import resolve
-from configs.errors import ConfigError, RunError, problem
+from configs.errors import INTERRUPTED, ConfigError, RunError, problem
 from configs.load import load_config
 from configs.schema import Config
 from launchers.env import usable_cores
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     figures = report(config, device, threads, found)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")

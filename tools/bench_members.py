@@ -20,7 +20,7 @@ import torch
 
 from configs.adapters import MemberConfig
 from configs.check import resolve
-from configs.errors import ConfigError, RunError, problem
+from configs.errors import INTERRUPTED, ConfigError, RunError, problem
 from configs.load import load_config
 from configs.schema import Config
 from engine.data.members import joined
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     figures = report(config, found, arguments.members)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")

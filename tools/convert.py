@@ -23,7 +23,7 @@ import torch
 
 from configs.adapters import AdapterConfig
 from configs.check import resolve
-from configs.errors import CheckpointError, ConfigError, RunError, problem
+from configs.errors import INTERRUPTED, CheckpointError, ConfigError, RunError, problem
 from configs.load import to_toml
 from configs.schema import Config, DataConfig, LrConfig, OptimConfig, RunConfig, StoreConfig
 from configs.targets import EMBEDDING, HEAD, adapted_modules
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return 0
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from configs.errors import ConfigError, NonFiniteError, RunError, problem
+from configs.errors import INTERRUPTED, ConfigError, NonFiniteError, RunError, problem
 from configs.schema import DataConfig, ObjectiveConfig, ParallelConfig, StoreConfig
 from engine.data.batches import Batches
 from engine.data.store import TokenStore
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     for store, (objective, heldout) in found.items():
         bits = "" if heldout.bits_per_byte is None else f"  bits/byte {heldout.bits_per_byte:.4f}"
         print(f"{store}  {objective}  held-out loss {heldout.loss:.4f}{bits}  {heldout.num_tokens:,} tokens")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from configs.errors import CheckpointError, ConfigError, RunError, problem
+from configs.errors import INTERRUPTED, CheckpointError, ConfigError, RunError, problem
 from engine.data.tokenizer import Tokenizer
 from engine.generate import Sampling, generate
 from engine.hf_tokenizer import leading_ids
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print()
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

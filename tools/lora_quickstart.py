@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from configs.check import resolve
-from configs.errors import CheckpointError, RunError, problem
+from configs.errors import INTERRUPTED, CheckpointError, RunError, problem
 from configs.load import config_from_dict, load_config
 from configs.schema import Config, RunConfig
 from engine.folder import RunFolder
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _go(folder: RunFolder, config: Config, argv: list[str]) -> int:

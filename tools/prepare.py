@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from configs.errors import RunError
+from configs.errors import INTERRUPTED, RunError
 from engine.data.options import DEFAULT_HELDOUT, PrepareOptions
 from engine.data.prepare import Prepared, Progress, ProgressCallback, prepare
 from engine.data.sources import FORMATS, STDLIB, STDLIB_DOCS, listed_suffixes, supported
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print(f"interrupted: {options.out} was not made", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     _print("\n".join(_summary(prepared, time.perf_counter() - begin)))
     return 0
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.check import resolve
-from configs.errors import RunError
+from configs.errors import INTERRUPTED, RunError
 from configs.load import load_config
 from configs.schema import Config
 from engine.folder import RunFolder
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return torchrun.INTERRUPTED
+        return INTERRUPTED
     return 0
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.errors import RunError
+from configs.errors import INTERRUPTED, RunError
 from engine.fault.plan import plan_faults
 from engine.fault.record import read_lines
 from tools import torchrun
@@ -54,6 +54,7 @@ every_steps = 5
 [metrics]
 every_steps = 1
 tensorboard = false
+gemm_seconds = 0.05
 [eval]
 every_steps = 100
 max_sequences = 8
@@ -100,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
         except KeyboardInterrupt:
-            return torchrun.INTERRUPTED
+            return INTERRUPTED
     if given.json:
         print(json.dumps(result))
     return 0 if result["identical"] else 1

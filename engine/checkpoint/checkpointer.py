@@ -42,11 +42,11 @@ from engine.checkpoint.manifest import (
     step_folder,
     temporary_name,
 )
-from engine.checkpoint.ranks import LOST_RANK, Ranks, describe
 from engine.checkpoint.reader import CheckpointReader, open_checkpoint
 from engine.checkpoint.state import Staging, differences, live_snapshot, load_targets, saved_tensors, table_of
 from engine.checkpoint.storage import ManifestReader, Staged, StagedPlanner, StreamingWriter, prove_writable
 from engine.files import FileEntry, sync_folder, write_whole
+from engine.ranks import LOST_RANK, Ranks, describe
 
 __all__ = ["STAGES", "CheckpointReader", "Checkpointer", "Found", "Written", "open_checkpoint"]
 

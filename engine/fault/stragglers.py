@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 
 from configs.faults import FaultConfig
-from engine.checkpoint.ranks import gather_json
 from engine.fault.heartbeat import Heart
 from engine.fault.record import Fault, FaultLog
 from engine.fault.stacks import passes_on, waits_for_ranks
+from engine.ranks import gather_json
 
 SAMPLE_S = 0.01
 MIN_SAMPLES = 200

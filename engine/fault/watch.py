@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
 from configs.faults import FaultConfig
-from engine.checkpoint.ranks import gather_json
 from engine.fault.heartbeat import Heart
 from engine.fault.watchdog import DUMP_SIGNAL
+from engine.ranks import gather_json
 
 REVIVALS = 3
 """How often a watchdog that is gone is started again."""

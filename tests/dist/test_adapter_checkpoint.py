@@ -15,11 +15,11 @@ from configs.schema import CheckpointConfig, Config
 from engine.base_identity import base_identity
 from engine.build import build_passes
 from engine.checkpoint.checkpointer import Checkpointer, open_checkpoint
-from engine.checkpoint.ranks import Ranks
 from engine.checkpoint.state import saved_tensors
 from engine.fault.guard import Guard
 from engine.lr import lr_at
 from engine.optim import build_optimizer
+from engine.ranks import Ranks
 from engine.saved_model import open_adapter
 from engine.step import train_step
 from engine.weights import starting_weights

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from configs.faults import FaultConfig
 from engine.fault.record import read_lines
 from engine.fault.watch import WatchedHeart, watched
 from tests.ranks import RanksFailed, run_ranks
-from tests.runs import SCRIPT, Processes, assert_same_end, last_step, run_to_end
+from tests.runs import SCRIPT, Processes, assert_same_end, last_step, run_to_end, until
 
 HANG = ("--fault.hang_min_s", "4")
 CONSTANT = ("--lr.schedule", "constant")
@@ -183,6 +182,19 @@ def revived_until_left_alone(folder: str) -> list[str]:
     return [*done, heart.revive_watchdog()]
 
 
+def revived_at_the_end(folder: str) -> str:
+    """Find the watchdog gone when the run is leaving, and has no more use for one."""
+    heart = WatchedHeart(FaultConfig())
+    heart.start_watchdog({"run": folder, "shown": folder, "began": "now", "ranks": [], "nodes": []})
+    heart.beat(3, "end")
+    until(lambda: not watchdogs_of(folder))
+    return heart.revive_watchdog()
+
+
+def test_a_watchdog_that_has_left_at_the_end_is_not_started_again(tmp_path: Path) -> None:
+    assert run_ranks(1, revived_at_the_end, str(tmp_path)) == [""]
+
+
 def test_a_watchdog_that_always_dies_is_left_alone_and_that_is_said(tmp_path: Path) -> None:
     (done,) = run_ranks(1, revived_until_left_alone, str(tmp_path))
     left = "It is left alone now; a hung run is ended by its collectives' time-outs"
@@ -233,10 +245,3 @@ def test_ranks_without_their_torchrun_save_and_leave(workplace: Path) -> None:
     assert faults_of(run, "rank_lost") == []
     newest = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
     assert newest == last_step(run) >= 7
-
-
-def until(condition: Any, limit_s: float = 60.0) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, f"not so after {limit_s:g} s"
-        time.sleep(0.01)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from engine.fault.record import read_lines
 from engine.fault.stop import STOP_FILE, StopRequests
 from launchers.env import LOOPBACK_ADDRESS, Launch
 from launchers.rendezvous import meet
-from tests.runs import run_to_end
+from tests.runs import run_to_end, until
 
 HOST = socket.gethostname()
 LIMIT_S = 60.0
@@ -86,13 +86,6 @@ def listener() -> Iterator[int]:
         other.bind(("", 0))
         other.listen()
         yield other.getsockname()[1]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < end, "never so"
-        threading.Event().wait(0.01)
 
 
 def test_all_ranks_meet_and_nobody_waits_for_the_limit(agent: TCPStore) -> None:

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from engine.checkpoint.ranks import rank_0_first
+from engine.ranks import rank_0_first
 from tests.ranks import RanksFailed, run_ranks
 
 LIMIT_S, WORK_S = 1, 2.5

@@ -5,12 +5,11 @@ import re
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.runs import ROOT, processes_naming
 
 
 def command(tmp_path: Path, steps: int) -> list[str]:
@@ -43,15 +42,6 @@ def test_it_prints_what_it_promises_and_reuses_what_is_there(tmp_path: Path) -> 
     assert "is trained already; reusing it" in again
     assert "step 1/3" not in again
     assert re.findall(r"after training.*", again) == re.findall(r"after training.*", first)
-
-
-def processes_naming(path: Path) -> dict[int, str]:
-    """Command lines of all processes that name `path`, by their numbers."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            found[int(entry.parent.name)] = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return {pid: line for pid, line in found.items() if str(path) in line}
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")

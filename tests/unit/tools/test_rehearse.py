@@ -4,7 +4,11 @@ A whole rehearsal takes minutes: `make rehearse`.
 """
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ from safetensors.torch import save_file
 
 from engine.checkpoint.manifest import MANIFEST, parse_manifest, read_manifest
 from engine.files import FileEntry, hash_file
-from tests.runs import STEPS, make_workplace, run_to_end
+from tests.runs import ROOT, STEPS, make_workplace, processes_naming, run_to_end, until
 from tools.rehearse import main
 from tools.restarted import Rehearsal, Training, differences
 
@@ -82,3 +86,15 @@ def test_what_can_not_be_rehearsed_is_refused_at_once(tmp_path: Path, capsys: py
         assert main([*argv, "--out", str(tmp_path / "out")]) == 2
         assert text in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("output-*")), "nothing was started"
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
+def test_a_sigterm_ends_it_with_all_that_it_has_started(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "tools/rehearse.py", "--out", str(out), "--kills", "0", "--run.steps", "100000"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        until(lambda: sum(" -u launchers/train.py" in line for line in processes_naming(out).values()) == 2)
+        os.kill(process.pid, signal.SIGTERM)
+        errors = process.communicate(timeout=60)[1]
+    assert (process.returncode, errors) == (130, "")
+    assert processes_naming(out) == {}

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from engine.fault.ending import Ending, how_it_ended, oom_kills
 from engine.fault.heartbeat import Beat, Pulse
 from engine.fault.record import read_lines
 from engine.fault.watchdog import Watchdog, Watched
+from tests.runs import until
 
 RANK = """
 import faulthandler, json, os, signal, sys
@@ -100,13 +101,6 @@ def pids_in(process: "subprocess.Popen[str]") -> set[int]:
         if "Pid:" in words:
             found.add(int(words[words.index("Pid:") + 1]))
     return found
-
-
-def until(condition: Callable[[], Any], limit_s: float = 30.0) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, f"not so after {limit_s:g} s"
-        time.sleep(0.01)
 
 
 def said(process: "subprocess.Popen[str]") -> str:
@@ -228,6 +222,15 @@ def test_a_watchdog_that_can_watch_nobody_says_so(tmp_path: Path) -> None:
     (line,) = told
     assert line.startswith("watchdog: can't watch ranks 0 and 1: ") and f"/proc/{ranks[0].process.pid}/fd/../fd" in line
     assert line.endswith("; a hung run is ended by its collectives' time-outs alone")
+
+
+def test_a_rank_that_has_closed_its_files_is_leaving_which_is_no_reason_for_a_word(tmp_path: Path) -> None:
+    rank, told = Rank(0, 5, 1800), list[str]()
+    rank.entry["files"]["stacks"] = 999
+    with started(rank):
+        Watchdog(job_of(tmp_path, [0], rank), told.append).run()
+        assert rank.process.poll() is None
+    assert told == []
 
 
 def test_nodes_wait_for_each_other_long_enough() -> None:

@@ -1,6 +1,6 @@
-"""What ranks tell each other about files: of a checkpoint, as JSON over a gloo group of its own.
+"""What ranks tell each other on the CPU: JSON, over a gloo group of its own where a checkpoint is saved beside a step.
 
-The group is apart from the run's, so that a save in the background never meets a collective of the step. Messages are
+Its group is apart from the run's, so that a save in the background never meets a collective of the step. Messages are
 JSON and not pickles. What only rank 0 does, it does in `lead`, so that its failure is the same CheckpointError on every
 rank: without that, one rank would raise and the others would wait for it. Without a process group one rank talks to
 itself.
