@@ -104,7 +104,7 @@ def _missing(store: dist.Store, launch: Launch) -> dict[str, Any]:
         node = rank // launch.local_world_size
         names.append(f"rank {rank} on {hosts[node]}" if node in hosts else f"rank {rank} of node {node}")
     more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-    return {"missing": len(missing), "who": ", ".join(names) + more, "found_by": launch.rank}
+    return {"missing": len(missing), "who": ", ".join(names) + more, "found_by": 0 if 0 in here else launch.rank}
 
 
 def _open_store(launch: Launch, end: float, timeout_s: float) -> dist.Store:

@@ -201,6 +201,20 @@ def until(condition: Callable[[], Any], limit_s: float = LIMIT_S) -> None:
         time.sleep(0.01)
 
 
+def freeze(rank: int, step: int) -> tuple[str, ...]:
+    """Have a rank stop itself before a step, until somebody sends SIGCONT: what is done to it then comes in time."""
+    return ("--fault.inject.kind", "freeze", "--fault.inject.rank", str(rank), "--fault.inject.step", str(step))
+
+
+def stands_still(pid: int | None) -> bool:
+    """Tell whether every thread of a process is stopped; SIGSTOP takes a moment to reach them."""
+    states: list[str] = []
+    with suppress(OSError):
+        stats = Path(f"/proc/{pid}/task").glob("*/stat")
+        states.extend(stat.read_text().rpartition(")")[2].split()[0] for stat in stats)
+    return bool(states) and set(states) <= {"T", "t"}
+
+
 def processes_naming(path: Path) -> dict[int, str]:
     """Command lines of all processes that name `path`, by their numbers."""
     found = {}

@@ -62,7 +62,7 @@ class Injector:
         struck = [entry.get("planned") for entry in read_lines(self._record)] if plan else []
         mine = [planned for planned in plan if planned.rank == layout.rank]
         self._waiting = [planned for planned in mine if self._config.repeat or asdict(planned) not in struck]
-        self._step, self._began, self._step_s = 0, 0.0, FIRST_STEP_S
+        self._step, self._began, self._laps, self._step_s = 0, 0.0, 0, FIRST_STEP_S
         self._left: dict[str, int] = {}
         """Steps or saves that each lasting fault still spoils."""
         self._spoiled: set[str] = set()
@@ -81,8 +81,11 @@ class Injector:
         if not self._waiting:
             return
         now = time.monotonic()
-        self._step_s = now - self._began if self._step else FIRST_STEP_S
-        self._step, self._began = step, now
+        # A step that was disturbed says nothing of the next, and the first of a start always is.
+        if self._laps > 1:
+            lap = now - self._began
+            self._step_s = lap if self._laps == 2 else min(self._step_s, lap)
+        self._step, self._began, self._laps = step, now, self._laps + 1
         for planned in [planned for planned in self._waiting if planned.kind not in IN_SAVE]:
             # Again only when its very steps come again; once, at whatever step a start comes to first.
             lasts = self._config.steps if planned.kind in IN_STEP else 1

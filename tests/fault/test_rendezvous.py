@@ -101,9 +101,9 @@ def test_ranks_without_an_agent_meet_at_rank_0(free_port: int) -> None:
 
 
 def test_every_rank_names_the_missing_ones_and_rank_0_records_it(agent: TCPStore) -> None:
-    ranks = [Rank(launch(rank, agent.port, 6), 1) for rank in (0, 1, 2)]
+    ranks = [Rank(launch(rank, agent.port, 6), 3) for rank in (0, 1, 2)]
     text = (
-        f"rendezvous at 127.0.0.1:{agent.port}: 3 of 6 ranks met in 1 s; "
+        f"rendezvous at 127.0.0.1:{agent.port}: 3 of 6 ranks met in 3 s; "
         f"missing rank 3 on {HOST}, rank 4 of node 2, rank 5 of node 2. "
         "Look at what they printed and at their nodes; where they only start slowly, raise fault.rendezvous_timeout_s."
     )
@@ -112,8 +112,8 @@ def test_every_rank_names_the_missing_ones_and_rank_0_records_it(agent: TCPStore
 
 
 def test_a_missing_rank_0_is_named_too(agent: TCPStore) -> None:
-    rank = Rank(launch(1, agent.port), 1).end()
-    assert f"1 of 2 ranks met in 1 s; missing rank 0 on {HOST}. " in rank.error
+    rank = Rank(launch(1, agent.port), 3).end()
+    assert f"1 of 2 ranks met in 3 s; missing rank 0 on {HOST}. " in rank.error
     assert rank.recorded == [rank.error]
 
 
@@ -171,8 +171,8 @@ def test_a_stop_asked_of_one_waiting_rank_stops_all(agent: TCPStore) -> None:
 
 def test_a_restart_at_the_same_store_sees_nothing_of_the_former_start(agent: TCPStore) -> None:
     assert [rank.end().error for rank in [Rank(launch(rank, agent.port), 60) for rank in (0, 1)]] == ["", ""]
-    alone = Rank(launch(0, agent.port, restart_count=1), 1).end()
-    assert "1 of 2 ranks met in 1 s; missing rank 1" in alone.error  # who met before is not taken to be here
+    alone = Rank(launch(0, agent.port, restart_count=1), 3).end()
+    assert "1 of 2 ranks met in 3 s; missing rank 1" in alone.error  # who met before is not taken to be here
 
 
 def test_a_run_whose_rank_is_missing_ends_with_one_message_and_a_record(workplace: Path) -> None:

@@ -9,7 +9,7 @@ from tests.fault.test_run_kill import assert_same_end
 from tests.runs import SCRIPT, run_to_end
 
 SYNC = ("--checkpoint.asynchronous", "false")
-"""Else a kill may come before the save of some steps ago is sealed."""
+"""Else a rank may be gone before the save of some steps ago is sealed."""
 
 
 def torchrun(workplace: Path, n: int, restarts: int, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -24,11 +24,11 @@ def strikes(kind: str, rank: int, step: int, *more: str) -> tuple[str, ...]:
 
 
 def test_torchrun_goes_on_by_itself(workplace: Path) -> None:
-    """One rank is killed in step 13, and both are started again. torch 2.13 alone can't: its agent keeps one store,
+    """One rank is killed in a save, and both are started again. torch 2.13 alone can't: its agent keeps one store,
     where the new ranks find the addresses of the dead ones.
     """
     assert run_to_end(workplace, 2, "--run.name", "whole")[0] == 0
-    done = torchrun(workplace, 2, 1, "--run.name", "again", *strikes("kill", 1, 13), *SYNC)
+    done = torchrun(workplace, 2, 1, "--run.name", "again", *strikes("kill_in_save", 1, 15), *SYNC)
     assert done.returncode == 0, done.stderr
     run = workplace / "runs" / "again"
     assert "continuing from runs/again/checkpoints/step-00000010\nstart 2 of this run, " in done.stdout
@@ -40,7 +40,7 @@ def test_torchrun_goes_on_by_itself(workplace: Path) -> None:
 
 def test_a_crash_loop_ends(workplace: Path) -> None:
     """A fault of the program comes again at the same step, before anything newer is saved."""
-    loop = ("--run.name", "loop", *strikes("kill", 0, 7, "--fault.inject.repeat", "true"), *SYNC)
+    loop = ("--run.name", "loop", *strikes("exception", 0, 7, "--fault.inject.repeat", "true"), *SYNC)
     done = torchrun(workplace, 1, 3, *loop, "--fault.max_fruitless_starts", "2")
     assert done.returncode == 1
     run = workplace / "runs" / "loop"

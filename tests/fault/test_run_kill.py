@@ -10,13 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.runs import SCRIPT, STEPS, Processes, assert_same_end, last_step, run_to_end, steps_of
+from tests.runs import SCRIPT, STEPS, Processes, assert_same_end, freeze, run_to_end, stands_still, steps_of, until
 
 
 @pytest.fixture(scope="module")
@@ -31,35 +30,42 @@ def whole(workplace: Path) -> Path:
     return run
 
 
-def stop_while_saving(processes: Processes, checkpoints: Path, step: int) -> None:
-    """Return when all ranks stand still and a checkpoint of `step` or later is half written."""
+SLOW = ("--fault.inject.kind", "slow_disk", "--fault.inject.step", "10", "--fault.inject.seconds", "0.3")
+"""A save that is long enough to be found half written."""
 
-    def half_written() -> bool:
-        return any(int(path.name[10:18]) >= step for path in checkpoints.glob(".tmp-step-*"))
+
+def stop_while_saving(processes: Processes, checkpoints: Path, step: int) -> int:
+    """Return when all ranks stand still and a checkpoint of `step` or later is half written: of which step."""
+    caught: list[int] = []
+
+    def half_written() -> list[int]:
+        return [number for path in checkpoints.glob(".tmp-step-*") if (number := int(path.name[10:18])) >= step]
 
     def stopped_in_it() -> bool:
         if not half_written():
             return False
         processes.send(signal.SIGSTOP)
-        if half_written():
-            return True
-        processes.send(signal.SIGCONT)
-        return False
+        until(lambda: all(stands_still(rank.pid) or rank.exitcode is not None for rank in processes.ranks))
+        caught[:] = half_written()
+        if not caught:
+            processes.send(signal.SIGCONT)
+        return bool(caught)
 
     processes.until(stopped_in_it)
+    return caught[0]
 
 
 def test_killed_at_any_moment_the_same_command_continues_bit_for_bit(workplace: Path, whole: Path) -> None:
     """Saves in the background; test_random_kills.py has the blocking ones too."""
     run, command = workplace / "runs" / "killed", ("--run.name", "killed")
-    moments: list[Callable[[Processes], None]] = [
-        lambda start: start.until((run / ".lock").exists),
-        lambda start: start.until(lambda: last_step(run) >= 3),  # before the first checkpoint
-        lambda start: start.until(lambda: last_step(run) >= 8),
-        lambda start: stop_while_saving(start, run / "checkpoints", 15),
+    moments: list[tuple[tuple[str, ...], Callable[[Processes], object]]] = [
+        ((), lambda start: start.until((run / ".lock").exists)),
+        (freeze(1, 4), lambda start: start.until(lambda: stands_still(start.ranks[1].pid))),  # nothing is saved yet
+        (freeze(1, 9), lambda start: start.until(lambda: stands_still(start.ranks[1].pid))),
+        (SLOW, lambda start: stop_while_saving(start, run / "checkpoints", 10)),
     ]
-    for moment in moments:
-        with Processes(workplace, 2, *command) as start:
+    for fault, moment in moments:
+        with Processes(workplace, 2, *command, *fault) as start:
             moment(start)
             start.send(signal.SIGKILL)
             assert start.join() == [-signal.SIGKILL] * 2
@@ -75,11 +81,11 @@ def test_torchrun_and_all_its_ranks_killed(workplace: Path, whole: Path) -> None
     """The whole process group at once, as when a node goes down; started as a user would."""
     run = workplace / "runs" / "torchrun"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(SCRIPT), "tiny.toml", "--run.name", "torchrun"]
+    command = [*torchrun, str(SCRIPT), "tiny.toml", "--run.name", "torchrun", *freeze(1, 8)]
     with subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, process_group=0) as agent:
-        end = time.monotonic() + 60
-        while not (run / "checkpoints" / "step-00000005").exists():
-            assert agent.poll() is None and time.monotonic() < end, agent.communicate()
+        saved = run / "checkpoints" / "step-00000005"
+        until(lambda: agent.poll() is not None or (saved.exists() and any(map(stands_still, children_of(agent.pid)))))
+        assert agent.poll() is None, agent.communicate()
         # Each rank has a session of its own, so one signal to a group would not do.
         ranks = children_of(agent.pid)
         assert len(ranks) == 2
@@ -101,12 +107,12 @@ def test_ctrl_c_ends_quietly_and_the_same_command_continues(workplace: Path, who
     """Once in a step, and once in the middle of a save, where DCP catches everything."""
     run = workplace / "runs" / "interrupted"
     command = ("--run.name", "interrupted", "--checkpoint.asynchronous", "false")
-    moments: list[Callable[[Processes], None]] = [
-        lambda start: start.until(lambda: last_step(run) >= 7),
-        lambda start: stop_while_saving(start, run / "checkpoints", 10),
+    moments: list[tuple[tuple[str, ...], Callable[[Processes], object]]] = [
+        (freeze(1, 8), lambda start: start.until(lambda: stands_still(start.ranks[1].pid))),
+        (SLOW, lambda start: stop_while_saving(start, run / "checkpoints", 10)),
     ]
-    for moment in moments:
-        with Processes(workplace, 2, *command) as start:
+    for fault, moment in moments:
+        with Processes(workplace, 2, *command, *fault) as start:
             moment(start)
             start.send(signal.SIGINT)
             start.send(signal.SIGCONT)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import RanksFailed, ranks, run_ranks
+from tests.runs import until
 
 
 @ranks(3)
@@ -114,9 +115,16 @@ def test_a_rank_that_aborts_after_its_last_line_fails() -> None:
         run_ranks(2, _abort_late)
 
 
-def test_a_rank_that_leaves_without_returning_fails() -> None:
+def _leave(folder: Path) -> None:
+    (folder / str(dist.get_rank())).touch()
+    # Who leaves while another is still joining the group would have it wait for ever.
+    until(lambda: len(list(folder.iterdir())) == dist.get_world_size())
+    os._exit(0)
+
+
+def test_a_rank_that_leaves_without_returning_fails(tmp_path: Path) -> None:
     with pytest.raises(RanksFailed, match=r"ranks \[0, 1\] exited with code 0 before they returned"):
-        run_ranks(2, lambda: os._exit(0))
+        run_ranks(2, _leave, tmp_path)
 
 
 def test_pytest_fails_a_decorated_test_with_the_ranks_traceback(tmp_path: Path) -> None:
