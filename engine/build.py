@@ -98,14 +98,17 @@ def _build_parts(
     say: Callable[[str], None],
 ) -> Run:
     """Find what there is to go on from, and build what is trained."""
+    beat = partial(care.heart.beat, 0, "build")  # each part of the start has its time
+    beat()
     checkpointer = _open_checkpointer(config, folder, care)
     found = _find_continued(checkpointer, config, data, care.log, say)
-    prove_inputs(config, checkpointer.ranks, folder.proved, care.log, say, resuming=found is not None)
+    prove_inputs(config, checkpointer.ranks, folder.proved, care.log, say, resuming=found is not None, beat=beat)
+    beat()
     base = base_identity(config, checkpointer.ranks)
     if found is not None:
         check_base(found.meta, base, str(found.path))
     _begin_attempt(config, care, checkpointer, found, say)
-    care.heart.beat(0, "build")  # the time is for each part
+    beat()
     model, optimizer = _build_trained(config, layout, found, say)
     forward, forward_backward = build_passes(config, layout, model)
     care.injector.meet(model, checkpointer, data)
@@ -125,7 +128,7 @@ def _build_parts(
         base=base,
         tokens_of_members=[0] * len(config.adapter.members),
     )
-    care.heart.beat(0, "build")
+    beat()
     _continue_from(run, found, say)
     if layout.rank == 0:
         folder.write_configs(given, config)
@@ -255,7 +258,8 @@ def _claim(folder: RunFolder, config: Config, heart: Heart, say: Callable[[str],
         prove_tokenizers(config)
 
     heart.beat(0, "build")
-    rank_0_first(claim, config.fault.first_step_timeout_s / 4, lambda: heart.beat(0, "build"))
+    # Preparing may take as long as it takes; for what else rank 0 does, nobody waits for ever.
+    rank_0_first(claim, config.fault.first_step_timeout_s / 4, lambda: heart.beat(0, "build"), heart.is_overdue)
 
 
 def _prepare_stores(config: Config, heart: Heart, say: Callable[[str], None]) -> None:

@@ -1,14 +1,15 @@
 """What a run reads is proved before its first step: token stores, and imported weights that bring hashes along.
 
 Each file is hashed by one rank, about as many bytes on each, and all ranks agree on the verdict. What was proved is
-remembered in the run folder by path, size, time and inode, so that a restart doesn't read terabytes again. The files
-are taken to be the same on all nodes. It is a proof against accidents: who can write a store can write its manifest.
+remembered in the run folder by path, size, time and inode, round for round, so that a restart doesn't read terabytes
+again. The files are taken to be the same on all nodes. It is a proof against accidents: who can write a store can write
+its manifest.
 """
 
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from models.checksums import read_checksums
 SAID_FROM_BYTES = 1 << 30
 """What is read in a second or two is proved without a word."""
 LISTED_PROBLEMS = 8
+ROUND_BYTES = 1 << 36
+"""Bytes of a rank between two words to the others: minutes on a slow disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +45,19 @@ class _Seen:
 
 
 def prove_inputs(
-    config: Config, ranks: Ranks, stamp: Path, log: FaultLog, say: Callable[[str], None], *, resuming: bool
+    config: Config,
+    ranks: Ranks,
+    stamp: Path,
+    log: FaultLog,
+    say: Callable[[str], None],
+    *,
+    resuming: bool,
+    beat: Callable[[], object],
 ) -> None:
     """Prove every file of the token stores and of the folders that weights are read from; collective.
 
-    A run that is `resuming` reads only the base of an adapter. `stamp` remembers what was proved. Raises DataError on
-    all ranks, naming each file that isn't what it was.
+    A run that is `resuming` reads only the base of an adapter. `stamp` remembers what was proved, and `beat` is called
+    whenever some of it is. Raises DataError on all ranks, naming each file that isn't what it was.
     """
     wanted = _files_of_stores(config) | _files_of_weights(config, resuming)
     known: dict[str, list[Any]] = ranks.lead(lambda: _not_proved_yet(wanted, stamp))
@@ -56,18 +66,24 @@ def prove_inputs(
     if num_bytes >= SAID_FROM_BYTES:
         say(f"proving {num_bytes / 1e9:,.1f} GB of inputs by sha256; the next start will remember it")
     begin = time.monotonic()
-    mine = share_files(files, ranks.index, ranks.size)
+    wrong: dict[str, str] = {}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing leaves the interpreter to others
-        found = ranks.exchange([text for text in pool.map(lambda name: _judge(name, files[name]), mine) if text])
-    problems = sorted(text for of_rank in found for text in of_rank)
-    if problems:
+        for some in _rounds(files, ROUND_BYTES * ranks.size):
+            beat()
+            mine = share_files(some, ranks.index, ranks.size)
+            judged = dict(zip(mine, pool.map(lambda name: _judge(name, files[name]), mine), strict=True))
+            found = ranks.exchange({name: text for name, text in judged.items() if text})
+            for of_rank in found:
+                wrong |= of_rank
+            if ranks.index == 0 and not any(found):
+                _remember(stamp, {name: _Seen(*known[name]) for name in some})
+    if wrong:
+        problems = sorted(wrong.values())
         if ranks.index == 0:
             log.own("corrupt_input", problems[0].rstrip("."), "the run didn't start", said=False, all=problems)
         raise DataError("\n".join(problems[:LISTED_PROBLEMS]))
     if num_bytes >= SAID_FROM_BYTES:
         say(f"proved at {num_bytes / 1e9 / max(time.monotonic() - begin, 1e-9):.2f} GB/s")
-    if ranks.index == 0 and known:
-        _remember(stamp, {name: _Seen(*seen) for name, seen in known.items()})
 
 
 def prove_tokenizers(config: Config) -> None:
@@ -136,6 +152,20 @@ def _not_proved_yet(wanted: Mapping[str, FileEntry], stamp: Path) -> dict[str, l
         except OSError:  # said by whoever is to hash it
             found[name] = [entry.size, 0, 0, entry.sha256]
     return found
+
+
+def _rounds(files: Mapping[str, FileEntry], num_bytes: int) -> Iterator[dict[str, FileEntry]]:
+    """Cut the files into parts of at least so many bytes, but for the last."""
+    part: dict[str, FileEntry] = {}
+    left = num_bytes
+    for name, entry in sorted(files.items()):
+        part[name] = entry
+        left -= entry.size
+        if left <= 0:
+            yield part
+            part, left = {}, num_bytes
+    if part:
+        yield part
 
 
 def _judge(name: str, entry: FileEntry) -> str:

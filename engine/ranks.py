@@ -74,11 +74,14 @@ class Ranks:
         return answer["result"]
 
 
-def rank_0_first(work: Callable[[], object], every_s: float, beat: Callable[[], object]) -> None:
+def rank_0_first(
+    work: Callable[[], object], every_s: float, beat: Callable[[], object], is_overdue: Callable[[], bool]
+) -> None:
     """Do `work` on rank 0, however long it takes, while the other ranks wait; collective over the run's ranks.
 
     Rank 0 lets them know every so many seconds that it is still there, which is less than their group's time-out, and
-    they call `beat` each time. What `work` raises ends this rank, and the others find that it is gone.
+    they call `beat` each time. Once rank 0 `is_overdue` it tells them nothing more, and they run into that time-out.
+    What `work` raises ends this rank, and the others find that it is gone.
     """
     if dist.get_world_size() == 1:
         work()
@@ -93,7 +96,7 @@ def rank_0_first(work: Callable[[], object], every_s: float, beat: Callable[[], 
 
     def tell() -> None:
         with suppress(RuntimeError):  # a rank is gone, as the last word below finds out
-            while not done.wait(every_s):
+            while not done.wait(every_s) and not is_overdue():
                 dist.broadcast(torch.ones(1), src=0)
 
     thread = threading.Thread(target=tell, name="rank-0-first", daemon=True)

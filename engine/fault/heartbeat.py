@@ -77,6 +77,11 @@ class Heart:
         self.step, self.phase = step, phase
         self.pulse.write(step, phase, now, self._allowed_s(phase))
 
+    def is_overdue(self) -> bool:
+        """Tell whether the last beat is older than was allowed; any thread may ask."""
+        beat = self.pulse.read()
+        return self._clock() - beat.at > beat.allowed_s
+
     def leave(self) -> None:
         """Say that whatever happens to this process from here on is in order."""
         self.pulse.say_goodbye()

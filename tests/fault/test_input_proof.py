@@ -1,5 +1,6 @@
 """What a run reads is proved at its start, remembered, and looked at once more when it is read."""
 
+import json
 import os
 import subprocess
 import threading
@@ -12,12 +13,12 @@ import pytest
 from configs.check import resolve
 from configs.errors import CheckpointError, DataError
 from configs.load import load_config
+from engine import proof
 from engine.checkpoint.manifest import Manifest, check_files
 from engine.checkpoint.storage import require_space
-from engine.data.store import TokenStore
+from engine.data.store import TokenStore, all_files
 from engine.fault.record import FaultLog, read_lines
 from engine.files import write_whole
-from engine.proof import prove_inputs
 from engine.ranks import Ranks
 from tests.fault.test_bad_input import small_disk
 from tests.ranks import run_ranks
@@ -42,22 +43,25 @@ def flip(path: Path) -> None:
         file.write(bytes([data[0] ^ 1]))
 
 
-def prove_on_a_rank(workplace: Path) -> tuple[str, list[str]]:
+def prove_on_a_rank(workplace: Path, round_bytes: int = proof.ROUND_BYTES) -> tuple[str, list[str], int]:
+    """Return the error, what was said, and how often there was a word of going on."""
     os.chdir(workplace)
+    proof.ROUND_BYTES, beats = round_bytes, list[None]()
     config, said = resolve(load_config(Path("tiny.toml"), []), 1), []
     ranks = Ranks(60.0)
     try:
         log = FaultLog(workplace / "faults.jsonl", ranks.index, said.append)
-        prove_inputs(config, ranks, workplace / "proved.json", log, said.append, resuming=False)
-        return "", said
+        stamp = workplace / "proved.json"
+        proof.prove_inputs(config, ranks, stamp, log, said.append, resuming=False, beat=lambda: beats.append(None))
+        return "", said, len(beats)
     except DataError as error:
-        return str(error), said
+        return str(error), said, len(beats)
     finally:
         ranks.close()
 
 
 def test_all_ranks_come_to_one_verdict_and_record_it_once(workplace: Path) -> None:
-    assert run_ranks(3, prove_on_a_rank, workplace) == [("", [])] * 3
+    assert run_ranks(3, prove_on_a_rank, workplace) == [("", [], 1)] * 3
     proved = (workplace / "proved.json").read_text()
     flip(workplace / SHARD)
     flip(workplace / "store/heldout/bytes.bin")
@@ -70,6 +74,19 @@ def test_all_ranks_come_to_one_verdict_and_record_it_once(workplace: Path) -> No
     assert (workplace / "proved.json").read_text() == proved
     (fault,) = read_lines(workplace / "faults.jsonl")
     assert (fault["kind"], fault["rank"], len(fault["more"]["all"])) == ("corrupt_input", 0, 2)
+
+
+def test_what_was_proved_in_an_earlier_round_is_remembered(workplace: Path) -> None:
+    """A start that is ended among terabytes goes on where it was."""
+    flip(workplace / "store/train/bytes.bin")
+    ((error, _, beats), *others) = run_ranks(2, prove_on_a_rank, workplace, 1)
+    assert error.startswith("store/train/bytes.bin: was altered (its sha256 is ") and error.count("was altered") == 1
+    assert [(text, count) for text, _, count in others] == [(error, beats)]
+    names = {str(workplace / "store" / name) for name in all_files(TokenStore.open(workplace / "store").manifest)}
+    assert beats == len(names), "a round for each file"
+    assert set(json.loads((workplace / "proved.json").read_text())) == names - {
+        str(workplace / "store/train/bytes.bin")
+    }
 
 
 def test_what_was_proved_is_not_read_again_until_it_changes(workplace: Path) -> None:

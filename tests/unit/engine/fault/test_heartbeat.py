@@ -118,3 +118,14 @@ while True:
             writer.kill()
     assert len({beat.step for beat in beats}) > 1
     assert [beat for beat in beats if not beat.step == beat.at == beat.allowed_s] == []
+
+
+def test_who_is_silent_for_longer_than_allowed_is_overdue() -> None:
+    rank = Rank()
+    rank.now += 1e9
+    assert not rank.heart.is_overdue(), "a start takes as long as it takes"
+    rank.heart.beat(0, "build")
+    rank.now += 999.0
+    assert not rank.heart.is_overdue()
+    rank.now += 2.0
+    assert rank.heart.is_overdue()
