@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -33,19 +33,22 @@ def to_end(command: Sequence[str]) -> int:
 
     Its ranks are then asked to save and stop; a second one ends all at once.
     """
-    # A session of its own: otherwise Ctrl-C reaches torchrun by itself, which prints a traceback.
-    torchrun = subprocess.Popen(command, start_new_session=True)
     with interrupted_by_signals():
+        # A session of its own: otherwise Ctrl-C reaches torchrun by itself, which prints a traceback.
+        torchrun = subprocess.Popen(command, start_new_session=True)
         try:
             try:
                 return torchrun.wait()
             except KeyboardInterrupt:
-                _say("\ninterrupted: the ranks save and leave; again ends them at once, unsaved")
+                ranks = [pid for pid, parent in _parents().items() if parent == torchrun.pid]
+                if ranks:
+                    _say("\ninterrupted: the ranks save and leave; again ends them at once, unsaved")
+                else:  # it is only starting
+                    end(torchrun)
                 # A rank that has stopped exits 0, so torchrun has nothing to report; SIGINT would be a failure to it.
-                for pid, parent in _parents().items():
-                    if parent == torchrun.pid:
-                        with suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGTERM)
+                for pid in ranks:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
                 torchrun.wait()
         except KeyboardInterrupt:  # from the first word on
             end(torchrun)
@@ -60,7 +63,16 @@ def interrupted_by_signals() -> Iterator[None]:
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is not signal.SIG_IGN]  # nohup
+    with _answered(heeded, interrupt):
+        yield
+
+
+@contextmanager
+def _answered(
+    signums: Iterable[int], answer: Callable[[int, FrameType | None], None] | signal.Handlers
+) -> Iterator[None]:
+    before = {signum: signal.signal(signum, answer) for signum in signums}
     try:
         yield
     finally:
@@ -70,9 +82,7 @@ def interrupted_by_signals() -> Iterator[None]:
 
 def end(torchrun: subprocess.Popen[bytes]) -> None:
     """Kill torchrun, its ranks and all that they have started, at one moment as far as the system permits."""
-    # Whoever presses Ctrl-C once more must not interrupt this.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    try:
+    with _answered((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN):  # one more must not interrupt this
         torchrun.send_signal(signal.SIGSTOP)  # it must start no rank while they are looked up
         below = _descendants_of(torchrun.pid)
         torchrun.kill()
@@ -81,8 +91,6 @@ def end(torchrun: subprocess.Popen[bytes]) -> None:
                 with suppress(ProcessLookupError):
                     kill(pid, signal.SIGKILL)
         torchrun.wait()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _say(text: str) -> None:
