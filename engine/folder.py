@@ -25,6 +25,7 @@ from configs.load import config_to_dict
 from configs.schema import Config, RunConfig
 
 LOCK = ".lock"
+TRIES = 100
 
 
 class RunFolder:
@@ -46,32 +47,23 @@ class RunFolder:
         self.stop = self.path / "stop"
         self.proved = self.path / "proved.json"
         self._lock: IO[str] | None = None
+        self._held = False
+        """No other process can have the lock too."""
 
     def claim(self) -> None:
         """Make the folder and hold it until this process ends, however it ends."""
         with _writing(self.path):
-            self._lock = self._open_lock()
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(self._lock.fileno()).st_nlink:  # its owner took the folder away meanwhile
-                self.release()
-                self.claim()
-                return
-        except BlockingIOError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "another process"
-            self.release()
-            do = "Wait for it, stop it, or choose another --run.name."
-            raise RunError(problem(str(self.path), "", f"in use by {owner}", "one run writes a folder", do)) from None
-        except OSError:
-            # Some network file systems have no locks; a run is worth more than the guard.
-            return
-        with _writing(self.path):
-            self._lock.truncate(0)
-            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            self._lock.flush()
+            for _ in range(TRIES):  # a refused start may take the folder away meanwhile
+                self._lock = self._open_lock()
+                if self._take_lock(self._lock):
+                    break
+                self._lock.close()
+            if self._lock is not None and self._held:
+                self._lock.truncate(0)
+                self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                self._lock.flush()
 
-    def _open_lock(self, tries: int = 100) -> IO[str]:
+    def _open_lock(self, tries: int = TRIES) -> IO[str]:
         """Make the folder, and its lock file unless there is one."""
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
@@ -83,16 +75,33 @@ class RunFolder:
                 raise
         return self._open_lock(tries - 1)
 
+    def _take_lock(self, lock: IO[str]) -> bool:
+        """Tell whether the lock that was opened is the folder's; raises RunError where another process holds it."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            self.release()
+            do = "Wait for it, stop it, or choose another --run.name."
+            raise RunError(problem(str(self.path), "", f"in use by {owner}", "one run writes a folder", do)) from None
+        except OSError:
+            # Some network file systems have no locks; a run is worth more than the guard.
+            return True
+        with suppress(FileNotFoundError):
+            self._held = os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path / LOCK))
+        return self._held
+
     def release(self) -> None:
         """Let another process have the folder."""
         if self._lock is not None:
             self._lock.close()
-            self._lock = None
+        self._lock, self._held = None, False
 
     def give_up(self) -> None:
         """Release the folder, and take it away where nothing has come into it: a run was refused before it began."""
-        if self._lock is not None and {entry.name for entry in self.path.iterdir()} <= {LOCK, self.logs.name}:
-            with suppress(OSError):  # logs of an earlier start
+        with suppress(OSError):  # logs of an earlier start; or the disk has failed, which is told already
+            if self._held and {entry.name for entry in self.path.iterdir()} <= {LOCK, self.logs.name}:
                 self.logs.rmdir()
                 (self.path / LOCK).unlink()
                 self.path.rmdir()
