@@ -84,7 +84,6 @@ _PEAKS: tuple[_Row, ...] = (
 # "A100-SXM4-80GB MIG 1g.10gb" is a slice, "A100-40C" and "A10-24Q" are vGPU profiles: none has the whole chip's peak.
 _PART_OF_A_GPU = re.compile(r"\bMIG\b|-\d+[ABCQ]\b", re.IGNORECASE)
 
-BUDGET_S = 1.2
 _MIN_REPEATS = 3
 _MAX_REPEATS = 9
 
@@ -145,9 +144,7 @@ def describe_peak(peak: Peak, gemm_tflops: float) -> str:
 
 
 @torch.no_grad()
-def measured_gemm_tflops(
-    device: torch.device, dtype: torch.dtype, threads: int = 0, *, budget_s: float = BUDGET_S
-) -> float:
+def measured_gemm_tflops(device: torch.device, dtype: torch.dtype, threads: int = 0, *, budget_s: float) -> float:
     """Measure the rate of one large x @ w.T on this device, in TFLOP/s; takes about `budget_s`.
 
     The product is 8192^3 on a GPU and 2048^3 on a CPU, smaller where that would outlast the budget. `threads` is the

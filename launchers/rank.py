@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,9 +43,9 @@ _LOST_PEER = re.compile(
     r"connection (was )?(closed|reset|refused)|timed out|timeout|broken pipe|remote process|unhandled system", re.I
 )
 
-VERDICT_S = 1.5
+VERDICT_S = 3.0
 """How long a rank that has lost another waits to hear what became of it."""
-CAUSES = ("rank_lost", "error", "out_of_memory")
+CAUSES = ("rank_lost", "error", "out_of_memory", "bad_batch")
 """Faults that take a rank away from the others."""
 
 
@@ -192,10 +193,14 @@ def _lost_peer(error: BaseException, launch: Launch, folder: RunFolder, began: f
     now = time.monotonic()
     since, end = time.time() - (now - began), now + VERDICT_S
     while time.monotonic() < end:
-        for fault in read_lines(folder.faults):
+        faults: list[dict[str, Any]] = []
+        with suppress(OSError):
+            faults = read_lines(folder.faults)
+        for fault in faults:
             if fault.get("kind") in CAUSES and fault.get("time", 0) > since and fault.get("rank") != launch.rank:
-                why = f"rank {fault.get('rank')} {fault.get('what')}"
-                return problem(where, "", what, why, "The same command continues from the last checkpoint.")
+                why = f"rank {fault.get('rank')} {fault.get('what')}".splitlines()[0].rstrip(".")
+                do = fault.get("do") or "The same command continues from the last checkpoint"
+                return problem(where, "", what, why, f"{do}.")
         time.sleep(0.1)
     # gloo puts the place in its sources before, and good wishes behind.
     why = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[0]).partition(". This is typically")[0]

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import DataError, problem
+from engine.files import READ_BYTES
 
 RESTORE = "Restore it from a copy, or prepare the store again."
 
@@ -41,8 +42,10 @@ class NumberFile:
             left, at = left[count:], at + count
 
     def rot(self) -> None:
-        """Put the largest numbers there are in place of the file's, for this process only."""
+        """Put the largest numbers there are in place of the file's, for this process only: in a file of that size."""
         with tempfile.TemporaryFile() as rotten:
-            rotten.write(b"\xff" * (self._length * self._dtype.itemsize))
+            left = self._length * self._dtype.itemsize
+            while left:
+                left -= rotten.write(b"\xff" * min(left, READ_BYTES))
             rotten.flush()
             os.dup2(rotten.fileno(), self._descriptor, inheritable=False)

@@ -56,14 +56,18 @@ class WatchedHeart(Heart):
             self._watchdog.stdin.close()
 
     def revive_watchdog(self) -> str:
-        """Start the process again where it is gone; one that always dies is left alone at last."""
-        if self._watchdog is None or self.phase == "end" or self._watchdog.poll() is None or self.pulse.read().gone:
+        """Start the process again where it has died; one that always does is left alone at last."""
+        # It exits 0 where it has nobody left to watch, or can't, which it has said then.
+        if self._watchdog is None or self.phase == "end" or not self._watchdog.poll() or self.pulse.read().gone:
             return ""
         if self._revivals == REVIVALS:
             self._watchdog = None
             return "It is left alone now; a hung run is ended by its collectives' time-outs"
         self._revivals += 1
-        self.start_watchdog(self._job)
+        try:
+            self.start_watchdog(self._job)
+        except OSError as error:
+            return f"It can't be started again: {error.strerror}"
         return "It was started again"
 
     def leave(self) -> None:

@@ -35,13 +35,13 @@ OTHER_NODES_S = 5.0
 STOPPED_S = 2.0
 """A look that comes so late was not this process's choice: the host slept, or SLURM suspended the job."""
 REPORT_S = 20.0
-"""Where a rank has left, others may wait for it: with an error it tells that first, which takes its turn."""
+"""Where a rank has left, or is leaving with an error, others may wait for it: it tells that first, in its turn."""
 TOGETHER_S = 0.3
 """Ranks that end within this time have one cause."""
 LEAVING_S = 5.0
 """How long the other ranks have to leave by themselves when one is lost."""
-ANSWERS_S = 2.0
-OTHERS_S = 10.0
+ANSWERS_S = 4.0
+OTHERS_S = 14.0
 """How long the first node waits for the evidence of the others, and half of how long they wait for its verdict. They
 look only every OTHER_NODES_S and then ask their ranks, in two turns."""
 DISK_S = 30.0
@@ -168,12 +168,13 @@ class Watchdog:
 
     def _finds_silent_rank(self) -> bool:
         now = time.monotonic()  # before the beats are read: what comes between the two makes no rank silent
+        beats = [rank.pulse.read() for rank in self._alive]
+        left_at = max([self._left_at, *(beat.at for beat in beats if beat.phase == "end")])
         # Where all of a node are stopped, somebody has suspended them; where one is, the others wait for it.
         suspended = bool(self._alive) and all(rank.is_stopped() for rank in self._alive)
-        if suspended or now - self._looked > STOPPED_S or now - self._left_at < REPORT_S:
+        if suspended or now - self._looked > STOPPED_S or now - left_at < REPORT_S:
             self._patient_from = now
         self._looked = now
-        beats = [rank.pulse.read() for rank in self._alive]
         return any(self._silent_s(beat, now) > beat.allowed_s for beat in beats)
 
     def _silent_s(self, beat: Beat, now: float) -> float:
@@ -250,11 +251,14 @@ class Watchdog:
         for rank in ranks:
             rank.pulse.ask()
             rank.send(DUMP_SIGNAL)
-        _until(lambda: all(_answered(rank, before) for rank in ranks if rank not in stopped), ANSWERS_S)
+        awake, sizes = [rank for rank in ranks if rank not in stopped], dict(before)
+        _until(lambda: _written(awake, before, sizes) and not any(r.pulse.open_question() for r in awake), ANSWERS_S)
         collectives = {rank.rank: rank.collectives() for rank in ranks}
         for rank in stopped:
             rank.send(signal.SIGCONT)
-        _until(lambda: all(len(rank.stacks()) > before[rank.rank] for rank in stopped), ANSWERS_S)
+        _until(lambda: _written(stopped, before, sizes), ANSWERS_S)
+        for rank in stopped:  # it must not go on before it is ended
+            rank.send(signal.SIGSTOP)
         return [
             examine(
                 rank.rank, rank.host, beats[rank.rank], silent[rank.rank], stopped=rank in stopped,
@@ -299,9 +303,11 @@ class Watchdog:
         return f"{self._shown}/{name}"
 
 
-def _answered(rank: Watched, before: dict[int, int]) -> bool:
-    """Tell whether a rank has written its stacks and answered."""
-    return len(rank.stacks()) > before[rank.rank] and not rank.pulse.open_question()
+def _written(ranks: Sequence[Watched], before: dict[int, int], sizes: dict[int, int]) -> bool:
+    """Tell whether all have written their stacks, which come bit by bit: as much as at the last look, in `sizes`."""
+    last = {rank.rank: sizes[rank.rank] for rank in ranks}
+    sizes |= {rank.rank: len(rank.stacks()) for rank in ranks}
+    return all(before[number] < size == sizes[number] for number, size in last.items())
 
 
 def _until(condition: Callable[[], bool], limit_s: float) -> bool:

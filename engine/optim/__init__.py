@@ -5,7 +5,8 @@ on norms and biases, as in GPT-3 (arXiv:2005.14165) and Llama. The learning rate
 (engine/lr.py), one for all groups, so an optimizer holds no schedule. Each of them leaves weights and state alone where
 `optimizer.found_inf` is 1, without waiting for the device, and keeps in `state` only tensors: scalars, and tensors of
 the parameter's shape laid out like it, so that any layout loads what another saved. A group's `state_keys` are what is
-kept of each of its parameters once there was a step; a checkpoint without them is refused.
+kept of each of its parameters once there was a step; a checkpoint without them is refused. Paged AdamW has none: it
+keeps nothing before the first step that counts, and can't tell.
 """
 
 from collections.abc import Callable, Sequence

@@ -140,7 +140,7 @@ def test_a_killed_rank_is_told_in_one_line(workplace: Path) -> None:
     run = workplace / "runs" / "killed"
     with Processes(workplace, 2, "--run.name", "killed", "--run.steps", "2000") as processes:
         processes.until(lambda: last_step(run) >= 6)
-        assert len(watchdogs_of("runs/killed")) == 1
+        processes.until(lambda: len(memory_held_by_watchdogs_of("runs/killed")) == 2)
         pid = processes.ranks[1].pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
@@ -174,25 +174,36 @@ def test_a_killed_watchdog_is_started_again(workplace: Path) -> None:
 
 
 def revived_until_left_alone(folder: str) -> list[str]:
-    """Start a watchdog that has nobody to watch and so ends at once, and see to it again and again."""
-    heart = WatchedHeart(FaultConfig())
-    heart.start_watchdog({"run": folder, "shown": folder, "began": "now", "ranks": [], "nodes": []})
+    """Kill the watchdog again and again."""
     done: list[str] = []
-    until(lambda: [done.append(text) for text in [heart.revive_watchdog()] if text] and "left alone" in done[-1])
-    return [*done, heart.revive_watchdog()]
+    with watched(FaultConfig(), Path(folder), under_torchrun=False) as heart:
+        while not done or "left alone" not in done[-1]:
+            until(lambda: watchdogs_of(folder))
+            for process in watchdogs_of(folder):
+                os.kill(int(process.name), signal.SIGKILL)
+            until(lambda: [done.append(text) for text in [heart.revive_watchdog()] if text])
+        done.append(heart.revive_watchdog())
+    return done
 
 
-def revived_at_the_end(folder: str) -> str:
-    """Find the watchdog gone when the run is leaving, and has no more use for one."""
+def revived_for_nothing(folder: str, end: str) -> str:
+    """Find a watchdog gone that is not wanted: it may watch nobody, as it has said, or the run is leaving."""
     heart = WatchedHeart(FaultConfig())
-    heart.start_watchdog({"run": folder, "shown": folder, "began": "now", "ranks": [], "nodes": []})
-    heart.beat(3, "end")
+    by_itself = end == "by itself"
+    files = {name: "../fd" if by_itself else file for name, file in heart.files.items()}
+    me = {"rank": 0, "pid": os.getpid(), "parent": 0, "host": "here", "files": files}
+    heart.start_watchdog({"run": folder, "shown": folder, "began": "now", "ranks": [me], "nodes": [0]})
+    if not by_itself:
+        heart.beat(3, "end")
+        (process,) = watchdogs_of(folder)
+        os.kill(int(process.name), signal.SIGKILL)
     until(lambda: not watchdogs_of(folder))
     return heart.revive_watchdog()
 
 
-def test_a_watchdog_that_has_left_at_the_end_is_not_started_again(tmp_path: Path) -> None:
-    assert run_ranks(1, revived_at_the_end, str(tmp_path)) == [""]
+@pytest.mark.parametrize("end", ["by itself", "killed while the run is leaving"])
+def test_a_watchdog_that_is_not_wanted_is_not_started_again(tmp_path: Path, end: str) -> None:
+    assert run_ranks(1, revived_for_nothing, str(tmp_path), end) == [""]
 
 
 def test_a_watchdog_that_always_dies_is_left_alone_and_that_is_said(tmp_path: Path) -> None:
@@ -219,7 +230,7 @@ def read_under_a_shrinking_file(folder: str) -> None:
 def test_a_file_that_shrinks_under_its_mapping_is_told_by_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(RanksFailed, match="rank 1 of 2 was killed by SIGBUS"):
         run_ranks(2, read_under_a_shrinking_file, str(tmp_path))
-    until(lambda: (tmp_path / "faults.jsonl").exists())
+    until(lambda: read_lines(tmp_path / "faults.jsonl"))
     (fault,) = read_lines(tmp_path / "faults.jsonl")
     assert (fault["kind"], fault["rank"], fault["step"], fault["more"]["signal"]) == ("rank_lost", 1, 3, "SIGBUS")
     place = r"tests/fault/test_hang\.py:\d+ in read_under_a_shrinking_file \(memmap\.py:\d+ in \w+\)"
