@@ -1,9 +1,11 @@
 """A run folder: one owner at a time, whole files, and errors that say what to do."""
 
+import errno
 import fcntl
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +87,30 @@ def test_a_run_that_was_refused_leaves_no_folder_but_keeps_what_is_in_one(tmp_pa
     folder.give_up()
     assert (folder.path / ".lock").exists(), "it is another's"
     waiting.release()
+
+
+def test_where_there_are_no_locks_nobody_takes_a_folder_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be another start's, which is at work in it."""
+
+    def refuse(file: IO[str], how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("engine.folder.fcntl.flock", refuse)
+    first, second = make(tmp_path), make(tmp_path)
+    first.claim()
+    second.claim()
+    second.give_up()
+    assert first.logs.is_dir() and (first.path / ".lock").exists()
+    first.release()
+
+
+def test_giving_up_a_folder_that_is_gone_hides_no_refusal(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    folder.claim()
+    shutil.rmtree(folder.path)
+    folder.give_up()
+    folder.claim()
+    folder.release()
 
 
 def test_a_lock_that_was_taken_away_meanwhile_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
