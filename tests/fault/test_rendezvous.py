@@ -111,6 +111,14 @@ def test_every_rank_names_the_missing_ones_and_rank_0_records_it(agent: TCPStore
     assert [rank.recorded for rank in ranks] == [[text], [], []]
 
 
+def test_a_rank_whose_time_runs_out_before_that_of_rank_0_leaves_the_record_to_it(agent: TCPStore) -> None:
+    """Ranks of a cluster don't start at one moment, and each has its own time."""
+    first, early = Rank(launch(0, agent.port, 3), 6), Rank(launch(1, agent.port, 3), 2)
+    assert "2 of 3 ranks met in 2 s; missing rank 2 of node 1. " in early.end().error
+    assert "2 of 3 ranks met in 6 s; missing rank 2 of node 1. " in first.end().error
+    assert (early.recorded, first.recorded) == ([], [first.error])
+
+
 def test_a_missing_rank_0_is_named_too(agent: TCPStore) -> None:
     rank = Rank(launch(1, agent.port), 3).end()
     assert f"1 of 2 ranks met in 3 s; missing rank 0 on {HOST}. " in rank.error

@@ -21,7 +21,7 @@ from engine.fault import watchdog as module
 from engine.fault.ending import Ending, how_it_ended, oom_kills
 from engine.fault.heartbeat import Beat, Pulse
 from engine.fault.record import read_lines
-from engine.fault.watchdog import Watchdog, Watched
+from engine.fault.watchdog import Watchdog, Watched, _written  # pyright: ignore[reportPrivateUsage]
 from tests.runs import until
 
 RANK = """
@@ -231,6 +231,22 @@ def test_a_rank_that_has_closed_its_files_is_leaving_which_is_no_reason_for_a_wo
         Watchdog(job_of(tmp_path, [0], rank), told.append).run()
         assert rank.process.poll() is None
     assert told == []
+
+
+def test_stacks_are_whole_when_they_grow_no_more(tmp_path: Path) -> None:
+    """They come thread by thread, and that of the main thread last."""
+    rank = Rank(0, 5, 1800)
+    with started(rank):
+        watched = Watched(rank.entry)
+        before = {0: len(watched.stacks())}
+        sizes = dict(before)
+        assert not _written([watched], before, sizes), "nothing yet"
+        stacks = Path(f"/proc/{rank.process.pid}/fd/{rank.entry['files']['stacks']}")
+        for part in ("Thread 1\n", "Thread 2\n", "Current thread\n"):
+            with stacks.open("a") as file:
+                file.write(part)
+            assert not _written([watched], before, sizes), part
+        assert _written([watched], before, sizes)
 
 
 def test_nodes_wait_for_each_other_long_enough() -> None:
