@@ -252,11 +252,11 @@ class Watchdog:
             rank.pulse.ask()
             rank.send(DUMP_SIGNAL)
         awake, sizes = [rank for rank in ranks if rank not in stopped], dict(before)
-        _until(lambda: _written(awake, before, sizes) and not any(r.pulse.open_question() for r in awake), ANSWERS_S)
+        _until(lambda: all_written(awake, before, sizes) and not any(r.pulse.open_question() for r in awake), ANSWERS_S)
         collectives = {rank.rank: rank.collectives() for rank in ranks}
         for rank in stopped:
             rank.send(signal.SIGCONT)
-        _until(lambda: _written(stopped, before, sizes), ANSWERS_S)
+        _until(lambda: all_written(stopped, before, sizes), ANSWERS_S)
         for rank in stopped:  # it must not go on before it is ended
             rank.send(signal.SIGSTOP)
         return [
@@ -303,7 +303,7 @@ class Watchdog:
         return f"{self._shown}/{name}"
 
 
-def _written(ranks: Sequence[Watched], before: dict[int, int], sizes: dict[int, int]) -> bool:
+def all_written(ranks: Sequence[Watched], before: dict[int, int], sizes: dict[int, int]) -> bool:
     """Tell whether all have written their stacks, which come bit by bit: as much as at the last look, in `sizes`."""
     last = {rank.rank: sizes[rank.rank] for rank in ranks}
     sizes |= {rank.rank: len(rank.stacks()) for rank in ranks}

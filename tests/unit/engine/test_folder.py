@@ -109,6 +109,7 @@ def test_giving_up_a_folder_that_is_gone_hides_no_refusal(tmp_path: Path) -> Non
     folder.claim()
     shutil.rmtree(folder.path)
     folder.give_up()
+    assert not folder.path.exists()
     folder.claim()
     folder.release()
 

@@ -19,9 +19,9 @@ import pytest
 
 from engine.fault import watchdog as module
 from engine.fault.ending import Ending, how_it_ended, oom_kills
-from engine.fault.heartbeat import Beat, Pulse
+from engine.fault.heartbeat import Beat, Phase, Pulse
 from engine.fault.record import read_lines
-from engine.fault.watchdog import Watchdog, Watched, _written  # pyright: ignore[reportPrivateUsage]
+from engine.fault.watchdog import Watchdog, Watched, all_written
 from tests.runs import until
 
 RANK = """
@@ -171,6 +171,36 @@ def test_a_rank_that_comes_on_while_it_is_looked_at_is_not_silent(
         assert (told, rank.process.poll()) == ([], None)
 
 
+@pytest.mark.parametrize(("phase", "kinds"), [("end", []), ("checkpoint", ["hang"])])
+def test_who_waits_for_a_rank_that_is_telling_of_an_error_is_not_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: Phase, kinds: list[str]
+) -> None:
+    """As while an out-of-memory rank writes its snapshot; a rank in a checkpoint is no such reason."""
+    pulses: list[Pulse] = []
+
+    class Fixed(Pulse):
+        """The first rank is silent for longer than it may be; the other one has just come to its phase."""
+
+        looks = 0
+
+        def read(self) -> Beat:
+            if self not in pulses:
+                pulses.append(self)
+            self.looks += 1
+            gone = self.looks >= 20
+            if self is pulses[0]:
+                return Beat(step=5, phase="step", at=0.0, allowed_s=0.0, gone=gone)
+            return Beat(step=5, phase=phase, at=time.monotonic(), allowed_s=1800.0, gone=gone)
+
+    monkeypatch.setattr(module, "Pulse", Fixed)
+    monkeypatch.setattr(module, "ANSWERS_S", 0.1)
+    told: list[str] = []
+    ranks = [Rank(0, 5, 1800), Rank(1, 5, 1800)]
+    with started(*ranks):
+        Watchdog(job_of(tmp_path, [0], *ranks), told.append).run()
+    assert [text.partition(":")[0] for text in told] == kinds
+
+
 def test_a_torchrun_that_went_before_the_watchdog_came_is_missed_too(tmp_path: Path) -> None:
     """As when both are killed together, and a rank starts the watchdog again: another process may have its number."""
     rank, told = Rank(0, 5, 1800), list[str]()
@@ -240,13 +270,13 @@ def test_stacks_are_whole_when_they_grow_no_more(tmp_path: Path) -> None:
         watched = Watched(rank.entry)
         before = {0: len(watched.stacks())}
         sizes = dict(before)
-        assert not _written([watched], before, sizes), "nothing yet"
+        assert not all_written([watched], before, sizes), "nothing yet"
         stacks = Path(f"/proc/{rank.process.pid}/fd/{rank.entry['files']['stacks']}")
         for part in ("Thread 1\n", "Thread 2\n", "Current thread\n"):
             with stacks.open("a") as file:
                 file.write(part)
-            assert not _written([watched], before, sizes), part
-        assert _written([watched], before, sizes)
+            assert not all_written([watched], before, sizes), part
+        assert all_written([watched], before, sizes)
 
 
 def test_nodes_wait_for_each_other_long_enough() -> None:
