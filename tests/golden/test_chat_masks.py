@@ -165,17 +165,18 @@ def test_an_end_that_the_template_does_not_mark_is_the_only_difference(tmp_path:
         assert [ids[place] for place in more] == [Tokenizer(tmp_path).eos_id]
 
 
-def test_all_bytes_of_a_last_character_are_marked_where_transformers_takes_the_first(tmp_path: Path) -> None:
+def test_all_bytes_of_a_last_character_are_marked(tmp_path: Path) -> None:
     bpe(tmp_path)
     bare = CHATML.replace("{{ m.content + '<|im_end|>' }}{% endgeneration %}", "{{ m.content }}{% endgeneration %}")
     values = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "It is \u4f60"}]}
     ids, marks = theirs(tmp_path, bare, values)
     found = ours(tmp_path, bare, values)
-    last = max(place for place, mark in enumerate(marks) if mark)
-    assert Tokenizer(tmp_path).decode(ids[last : last + 3]) == "\u4f60"
-    # White space ends this text: it and the added end-of-text token are the rest of the difference.
+    # White space ends this text: it and the added end-of-text token are marked here only.
     assert found.ids == [*ids, Tokenizer(tmp_path).eos_id]
-    assert [int(mark) for mark in found.marks] == marks[: last + 1] + [1] * (len(found.ids) - last - 1)
+    (first,) = (place for place in range(len(ids)) if Tokenizer(tmp_path).decode(ids[place : place + 3]) == "\u4f60")
+    # transformers before 5.24 marks the first byte of the character alone.
+    assert max(place for place, mark in enumerate(marks) if mark) in (first, first + 2)
+    assert [int(mark) for mark in found.marks] == marks[: first + 1] + [1] * (len(found.ids) - first - 1)
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -33,5 +33,11 @@ def test_a_missing_compiler_is_named() -> None:
 
 
 @pytest.mark.usefixtures("no_compiler")
-def test_nothing_is_asked_of_a_run_that_compiles_nothing() -> None:
-    check_compiler(CompileConfig(), CPU)
+@pytest.mark.parametrize(("blocks", "loss"), [(False, False), (True, False), (False, True)])
+def test_a_run_that_compiles_nothing_needs_no_compiler(blocks: bool, loss: bool) -> None:
+    problems = []
+    try:
+        check_compiler(CompileConfig(blocks=blocks, loss=loss), CPU)
+    except ConfigError as error:
+        problems = error.problems
+    assert bool(problems) == (blocks or loss)

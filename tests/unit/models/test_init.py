@@ -62,7 +62,11 @@ def test_a_rectangle_filled_in_small_chunks_equals_the_slice(monkeypatch: pytest
 
 
 def test_an_empty_shard_is_left_alone() -> None:
-    init.fill_local(torch.empty(0, 5), CONFIG, 0, Q, (3, 5), (3, 0))
+    table = torch.full((3, 5), math.nan)
+    init.fill_local(table[3:], CONFIG, 0, Q, (3, 5), (3, 0))
+    assert table.isnan().all()
+    init.fill_local(table[2:], CONFIG, 0, Q, (3, 5), (2, 0))
+    assert table[:2].isnan().all() and not table[2:].isnan().any()
 
 
 def test_one_dimensional_parameters_shard_too() -> None:
