@@ -3,8 +3,12 @@
 #
 #   make quickstart        train a small Llama on real text and show what came out
 #   make lora-quickstart   adapt it by LoRA to questions and answers, export and merge the adapter
-#   make test              all tests                     (make test ARGS="-k ranks" for some)
+#   make test              every claim once              (make test ARGS="-k ranks" for some)
+#   make test-all          all tests, the `long` ones and those of test-slurm too
 #   make test-slurm        jobs on a SLURM cluster of two nodes, started for it on this machine (Debian: slurm-wlm)
+#   make test-torch        tests with another torch      (make test-torch VERSION=2.14.1 ARGS=tests/layouts)
+#   make test-lowest       tests with the lowest versions that pyproject.toml admits, torch's too
+#   make test-newest       tests with the newest ones
 #   make check             format, lint, types, imports  (make fix repairs what can be repaired)
 #   make rehearse          a small training under 30 faults and 50 kills (make rehearse ARGS="--ranks 4 --faults 10")
 #   make bench             tokens/s here and in transformers   (make bench ARGS=lora: LoRA here and in PEFT)
@@ -12,53 +16,87 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help quickstart lora-quickstart test test-slurm check fix rehearse bench clean
+.PHONY: help quickstart lora-quickstart test test-all test-slurm test-torch test-lowest test-newest check fix lock \
+	rehearse bench clean
 
 # The first of these that is new enough; `make PYTHON=/path/to/python ...` decides otherwise.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-BIN := .venv/bin
+VENV := .venv
+BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-# One exact version: an open range would fetch whatever is newest, and its CUDA packages with it.
-TORCH := torch==2.13.0
+# Exact versions of everything that is installed, made by `make lock`. torch comes first and alone: an open range would
+# fetch whatever is newest, and its CUDA packages with it.
+LOCK := .ci/constraints.txt
+TORCH := $(shell sed -n '/^torch==/p' .ci/constraints.txt)
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
 
-quickstart: .venv/.core
+quickstart: $(VENV)/.core
 	@$(BIN)/python tools/quickstart.py $(ARGS)
 
-lora-quickstart: .venv/.core
+lora-quickstart: $(VENV)/.core
 	@$(BIN)/python tools/lora_quickstart.py $(ARGS)
 
-test: .venv/.dev
-	@$(BIN)/python -m pytest -m "not slurm" $(ARGS)
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m "not slurm and not long" $(ARGS)
 
-test-slurm: .venv/.dev
+test-all: $(VENV)/.dev
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-slurm: $(VENV)/.dev
 	@$(BIN)/python -m pytest tests/fault/slurm $(ARGS)
 
-check: .venv/.dev
+test-torch:
+	@test -n "$(VERSION)" || { echo "error: say which torch: make test-torch VERSION=2.14.1" >&2; exit 1; }
+	@$(MAKE) --no-print-directory test VENV=.venv-torch-$(VERSION) TORCH=torch==$(VERSION)
+
+# The lower end of each range that pyproject.toml declares, torch's too.
+test-lowest:
+	@mkdir -p .venv-lowest
+	@grep -oE '"[A-Za-z0-9_.-]+(\[[a-z]+\])?[>=]=[0-9.]+' pyproject.toml | sed -E 's/"|\[.*\]//g; s/[>=]=/==/' \
+		| grep -vE '^(setuptools|flash-attn)=' > .venv-lowest/.new
+	@cmp -s .venv-lowest/.new .venv-lowest/.lowest || mv .venv-lowest/.new .venv-lowest/.lowest
+	@$(MAKE) --no-print-directory test VENV=.venv-lowest LOCK=.venv-lowest/.lowest \
+		TORCH="$$(sed -n '/^torch==/p' .venv-lowest/.lowest)"
+
+test-newest:
+	@$(MAKE) --no-print-directory test VENV=.venv-newest LOCK=/dev/null \
+		TORCH='$(shell sed -nE 's/^ *"(torch>=[^"]*)",/\1/p' pyproject.toml)'
+
+check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_meta.py
 
-fix: .venv/.dev
+fix: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-rehearse: .venv/.core
+rehearse: $(VENV)/.core
 	@$(BIN)/python tools/rehearse.py $(ARGS)
 
-bench: .venv/.bench
+bench: $(VENV)/.bench
 	@$(BIN)/python tools/bench.py $(ARGS)
 
+# Written from an environment of its own, so that nothing that was installed by hand gets in.
+lock:
+	@rm -rf .venv-lock
+	@$(MAKE) --no-print-directory .venv-lock/.dev VENV=.venv-lock LOCK=/dev/null
+	@echo "# Exact versions of what is installed, by 'make lock' with $$($(PYTHON) --version); see CONTRIBUTING.md." \
+		> .venv-lock/.constraints
+	@.venv-lock/bin/python -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//' \
+		| grep -vE '^(nvidia-[a-z0-9-]+|cuda-[a-z]+|triton)==' >> .venv-lock/.constraints
+	@mv .venv-lock/.constraints .ci/constraints.txt && rm -rf .venv-lock
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/.made:
+$(VENV)/.made:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed and none was found;" \
 		"install it, or say where it is: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	@command -v $(PYTHON) >/dev/null || { echo "error: no such program: $(PYTHON)" >&2; exit 1; }
@@ -66,26 +104,28 @@ clean:
 		"$$($(PYTHON) --version 2>&1); Python 3.11 or newer is needed. make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) can't make virtual environments" \
 		"(no ensurepip). On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo "making .venv with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv .venv && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-.venv/.torch: .venv/.made
+# What was installed under another lock is installed again. torch is left out of the constraints: it is there by then.
+$(VENV)/.torch: $(VENV)/.made $(LOCK)
 	@echo "installing $(TORCH)"
-	@$(PIP) install $(TORCH)
+	@sed '/^torch==/d' $(LOCK) > $(VENV)/constraints.txt
+	@$(PIP) install -c $(VENV)/constraints.txt '$(TORCH)'
 	@touch $@
 
-.venv/.core: .venv/.torch pyproject.toml
+$(VENV)/.core: $(VENV)/.torch pyproject.toml
 	@echo "installing what a run needs"
-	@$(PIP) install --quiet -e .
+	@$(PIP) install --quiet -c $(VENV)/constraints.txt -e .
 	@touch $@
 
-.venv/.bench: .venv/.torch pyproject.toml
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml
 	@echo "installing what the benchmark needs"
-	@$(PIP) install --quiet -e ".[bench]"
-	@touch $@ .venv/.core
+	@$(PIP) install --quiet -c $(VENV)/constraints.txt -e ".[bench]"
+	@touch $@ $(VENV)/.core
 
-.venv/.dev: .venv/.torch pyproject.toml
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@echo "installing what tests and checks need"
-	@$(PIP) install --quiet -e ".[dev]"
-	@touch $@ .venv/.bench .venv/.core
+	@$(PIP) install --quiet -c $(VENV)/constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/.bench $(VENV)/.core
