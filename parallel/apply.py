@@ -12,7 +12,7 @@ from models.attention import Backend, why_not
 from models.llama import Block, Llama
 from models.quantized import quantize_frozen
 from parallel.context import context_attention
-from parallel.float8 import use_float8
+from parallel.float8 import has_float8, use_float8
 from parallel.frozen import fill_sites, frozen_parameters, hold_formats, trained_names
 from parallel.fsdp import DTYPES, parameter_device, shard
 from parallel.materialise import Fill, materialise
@@ -52,7 +52,7 @@ def _lay_out(stage: Llama, config: Config, layout: Layout) -> None:
         quantize_frozen(stage, config.adapter.quantization)
     trained = trained_names(stage)
     # Before all that follows, as it puts other modules in the place of the blocks' linear ones.
-    use_float8(blocks, config.precision.float8)
+    use_float8(blocks, config.precision.float8, emulate=not has_float8(layout.device))
     # Before FSDP, which shards what is left of each matrix.
     if config.parallel.tp > 1:
         split_tensors(stage, layout.tp)

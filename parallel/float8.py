@@ -29,10 +29,16 @@ def check_float8(config: Config, device: torch.device) -> None:
         raise ConfigError(problems)
 
 
-def use_float8(blocks: Sequence[nn.Module], kind: str, *, emulate: bool = False) -> None:
+def has_float8(device: torch.device) -> bool:
+    """Tell whether a device multiplies float8 matrices."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _CAPABILITY
+
+
+def use_float8(blocks: Sequence[nn.Module], kind: str, *, emulate: bool) -> None:
     """Swap the linear layers of the blocks, in place, on the meta device and before anything else is done to them.
 
-    `emulate` rounds to float8 and multiplies in full precision, on any device; for tests.
+    `emulate` rounds to float8 and multiplies in full precision, on any device; a run on one that has no float8 is
+    refused (`check_float8`), so that only tests of the parts below it come here with it.
     """
     if kind == "none":
         return
@@ -42,8 +48,10 @@ def use_float8(blocks: Sequence[nn.Module], kind: str, *, emulate: bool = False)
     )
     from torchao.float8.float8_linear import Float8Linear  # pyright: ignore[reportMissingImports]
 
-    class Unmarked(Float8Linear):
-        """Called as the decoder's own projections are; no adapter is beside it."""
+    class Float8Projection(Float8Linear):
+        """Called as the decoder's own projections are. Adapters under float8 are refused: nothing joins the product."""
+
+        beside = after = replaced = quantized = None
 
         def forward(self, input: Tensor, marks: Marks | None = None) -> Tensor:
             return super().forward(input)
@@ -53,11 +61,11 @@ def use_float8(blocks: Sequence[nn.Module], kind: str, *, emulate: bool = False)
         convert_to_float8_training(block, config=options)
         for module in block.modules():
             if type(module) is Float8Linear:
-                module.__class__ = Unmarked
+                module.__class__ = Float8Projection
 
 
 def _problems(config: Config, kind: str, device: torch.device) -> Iterator[str]:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _CAPABILITY:
+    if not has_float8(device):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
         expected = f"needs a GPU of compute capability {_CAPABILITY[0]}.{_CAPABILITY[1]} or more, this is {name}"
         yield problem("precision.float8", kind, expected, do="Use 'none'.")
