@@ -35,7 +35,7 @@ from engine.loss import chunk_cross_entropy, compiled_chunk_loss, next_token
 from engine.memory import check_memory, choose_base, saved_bytes
 from engine.optim import build_optimizer
 from engine.peaks import measured_gemm_tflops
-from engine.pipelined import pipelined
+from engine.pipelined import check_schedule, pipelined
 from engine.progress import ProgressDisplay
 from engine.proof import prove_inputs, prove_tokenizers
 from engine.ranks import rank_0_first
@@ -157,6 +157,7 @@ def _checked_for_device(config: Config, device: torch.device, ranks_on_node: int
     """Refuse what this device can't do or hold; return the config with what the device decides."""
     check_compiler(config.compile, device)
     check_float8(config, device)
+    check_schedule(config)
     attention_backend(config, device)
     _check_device(config, device)
     config = choose_base(config, device, ranks_on_node)

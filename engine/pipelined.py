@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
     PipelineScheduleSingle,
@@ -27,9 +28,9 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 
-from configs.errors import LayoutError, problem
+from configs.errors import ConfigError, LayoutError, problem
 from configs.layout import ZERO_BUBBLE_SCHEDULES
-from configs.schema import ParallelConfig
+from configs.schema import Config, ParallelConfig
 from engine.data.batches import Batch
 from engine.loss import HeadLoss
 from engine.step import Forward, ForwardBackward, marks_of
@@ -226,6 +227,42 @@ class Pipeline:
     def _no_loss(self, batch: Batch) -> Tensor:
         shape = (batch.members,) if batch.members else ()
         return torch.zeros(shape, dtype=self._loss_dtype, device=self._layout.device)
+
+
+class _TwoResults(torch.autograd.Function):
+    """(x, w) -> (x w, x + w): one node of the graph with two gradients into it, as a compiled block is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, w)
+        return x * w, x + w
+
+    @staticmethod
+    def backward(ctx: Any, grad_product: Tensor, grad_sum: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
+        x, w = ctx.saved_tensors
+        return grad_product * w + grad_sum, grad_product * x + grad_sum
+
+
+def gives_each_result_its_gradient() -> bool:
+    """Tell whether torch's weight pass is right for a node with several results; that of 2.11 adds their gradients."""
+    x, w = torch.tensor(3.0, requires_grad=True), torch.tensor(5.0, requires_grad=True)
+    product, total = _TwoResults.apply(x * 1, w)  # pyright: ignore
+    _, groups = stage_backward_input([2 * product + 7 * total], [torch.ones(())], [x], iter([w]))  # pyright: ignore
+    stage_backward_weight(iter([w]), groups)  # pyright: ignore
+    return w.grad is not None and w.grad.item() == 2 * 3 + 7
+
+
+def check_schedule(config: Config) -> None:
+    """Refuse compiled blocks under a schedule that computes weight gradients apart where torch gets these wrong."""
+    parallel = config.parallel
+    if parallel.pp == 1 or not config.compile.blocks or not _computes_weights_apart(parallel):
+        return
+    if not gives_each_result_its_gradient():
+        given = parallel.schedule_csv or parallel.schedule
+        expected = f"can't run compiled blocks under torch {torch.__version__}"
+        why = "its weight pass adds up the gradients of all results of a compiled block; torch 2.12 has it mended"
+        do = "Install torch 2.12 or newer, or use compile.blocks = false, or the schedule 1F1B or Interleaved1F1B."
+        raise ConfigError(problem("parallel.schedule", given, expected, why, do))
 
 
 def pipelined(

@@ -44,7 +44,7 @@ def shard(
     # One rank gathers from nobody: freeing its copy would only have it made twice a step.
     free = config.reshard_after_forward and mesh.size() > 1
     groups = [] if replicated else blocks
-    with _integer_parameters():
+    with _integer_parameters(model):
         for block in groups:
             fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=free)
         fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=replicated)
@@ -109,12 +109,12 @@ def _prefetch(blocks: list[FSDPModule], ahead: int) -> None:
 
 
 @contextmanager
-def _integer_parameters() -> Iterator[None]:
-    """Let `fully_shard` of torch 2.11 take codes: it makes each shard one that requires gradients, if for a moment.
+def _integer_parameters(model: nn.Module) -> Iterator[None]:
+    """Let `fully_shard` take codes: torch 2.11 makes each shard require gradients for a moment, which integers can't.
 
-    Integers can't; from torch 2.12 on it leaves them alone.
+    Newer versions say for each shard what it requires, and so get what they would have got.
     """
-    if torch.__version__ >= "2.12":  # compared as versions
+    if all(parameter.is_floating_point() for parameter in model.parameters()):
         yield
         return
     theirs = _fsdp_param.nn

@@ -117,7 +117,8 @@ def build_layout(parallel: ParallelConfig, device: torch.device) -> Layout:
         # Nobody holds it: DTensor looks it up, to sum a norm over both axes at once.
         root["fsdp", "tp"]._flatten("fsdp_tp")
     return Layout(
-        root._unflatten("fsdp", (parallel.dp_shard, parallel.cp), ("dp_shard", "cp")),
+        # By index: torch 2.11 takes no name here.
+        root._unflatten(AXES.index("dp_shard"), (parallel.dp_shard, parallel.cp), ("dp_shard", "cp")),
         device,
         shards=root["dp_replicate", "fsdp"] if parallel.dp_replicate > 1 else root["fsdp"],
         tp=root["tp"],
