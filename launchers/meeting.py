@@ -74,8 +74,11 @@ class Presence:
         others = [number for number in range(len(self._hosts)) if number != self._node]
         before = {number: self._read(number) for number in others}
         end = time.monotonic() + SILENCE_S
-        while still := [number for number, text in before.items() if text is not None and self._read(number) == text]:
-            if time.monotonic() > end:
+        while True:
+            # Asked before the others are looked at: a task that was itself suspended must look once more.
+            is_over = time.monotonic() > end
+            still = [number for number, text in before.items() if text is not None and self._read(number) == text]
+            if not still or is_over:
                 break
             time.sleep(POLL_S)
             self.beat()

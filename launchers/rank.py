@@ -43,7 +43,7 @@ _LOST_PEER = re.compile(
     r"connection (was )?(closed|reset|refused)|timed out|timeout|broken pipe|remote process|unhandled system", re.I
 )
 
-VERDICT_S = 3.0
+VERDICT_S = 10.0
 """How long a rank that has lost another waits to hear what became of it."""
 CAUSES = ("rank_lost", "error", "out_of_memory", "bad_batch")
 """Faults that take a rank away from the others."""

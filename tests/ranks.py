@@ -3,10 +3,11 @@
     @ranks(4)                                       values = run_ranks(2, function, argument)
     def test_sum(tmp_path): ...                     # function(argument) on each rank; values in rank order
 
-Ranks are forked from a server that has torch imported, so that four of them start in a tenth of a second, and meet
-through a file in a temporary folder, so that no test needs a port. The first failing rank ends all others and its
-traceback is the test's; at the deadline every rank's stacks are shown; a rank that dies after its last line fails too.
-What a rank prints is shown with a failure only. Not for GPUs, and no place for anything that a test would assert.
+Ranks are forked from a server that has torch and the engine imported, so that four of them start in a tenth of a
+second, and meet through a file in a temporary folder, so that no test needs a port. The first failing rank ends all
+others and its traceback is the test's. At the deadline every rank's Python and native stacks and its last collectives
+are shown. A rank that dies after its last line fails too. What a rank prints is shown with a failure only. Not for
+GPUs, and no place for anything that a test would assert.
 """
 
 import datetime
@@ -15,12 +16,16 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -32,6 +37,8 @@ from typing import Any
 
 import cloudpickle
 
+from engine.fault.watch import last_collectives
+
 PRELOADED = [
     "torch",
     "torch.distributed",
@@ -42,12 +49,21 @@ PRELOADED = [
     "torch._dynamo",
     "numpy",
     "pytest",
+    "launchers.rank",
 ]
-"""What the server imports once for all ranks; nothing of ours, whose modules may change between tests."""
+"""What the server imports once for all ranks, the engine included: each rank would take half a second for it."""
 START_LIMIT_S = 120.0
 """The first start imports torch in the server; the test's own deadline counts from its ranks' first message."""
-GRACE_S = 2.0
+LIMIT_S = 200.0
+"""Of a test that says no other: many times what any needs, for machines with other work beside."""
+GRACE_S = 15.0
 """After the deadline or the first failure: time for stacks to be written and for the other ranks to report."""
+ANSWER_S = 3.0
+"""For the ranks to write down their collectives, which one that holds the GIL never does."""
+NATIVE_LIMIT_S = 60.0
+"""For reading the native stacks of a rank, symbols included."""
+LAST_COLLECTIVES = 4
+"""Of each rank that hangs, shown beside those that are not done."""
 
 
 class RanksFailed(AssertionError):
@@ -67,7 +83,7 @@ class Rank:
     closed: bool = False
 
 
-def ranks(n: int, timeout_s: float = 60) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def ranks(n: int, timeout_s: float = LIMIT_S) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Run the body of a test function on n ranks; its arguments must be picklable and reach every rank."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -82,7 +98,7 @@ def ranks(n: int, timeout_s: float = 60) -> Callable[[Callable[..., None]], Call
     return decorate
 
 
-def run_ranks(n: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60) -> list[Any]:
+def run_ranks(n: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = LIMIT_S) -> list[Any]:
     """Call function(*arguments) on n ranks of one gloo group and return their values in rank order.
 
     Raises RanksFailed when a rank raises, exits with a code other than 0, or isn't done after timeout_s seconds.
@@ -116,14 +132,14 @@ def run_ranks(n: int, function: Callable[..., Any], *arguments: Any, timeout_s: 
 
 def _watch(group: Sequence[Rank], timeout_s: float, folder: Path) -> str:
     """Wait for all ranks; the text of a failure, or nothing."""
-    limit_s, begin = START_LIMIT_S, time.monotonic()
+    limit_s, begin, started = START_LIMIT_S, time.monotonic(), False
     while any(not rank.closed or rank.process.exitcode is None for rank in group):
         busy = [rank.inbox for rank in group if not rank.closed]
         busy += [rank.process.sentinel for rank in group if rank.process.exitcode is None]
         wait(busy, timeout=max(0.0, begin + limit_s - time.monotonic()))
         _receive(group)
-        if limit_s == START_LIMIT_S and any(rank.started for rank in group):
-            limit_s, begin = timeout_s, time.monotonic()
+        if not started and any(rank.started for rank in group):
+            limit_s, begin, started = timeout_s, time.monotonic(), True
         if any(rank.error or rank.process.exitcode for rank in group):
             return _describe_failure(group, folder)
         if time.monotonic() >= begin + limit_s:
@@ -169,15 +185,56 @@ def _describe_failure(group: Sequence[Rank], folder: Path) -> str:
 
 
 def _describe_hang(group: Sequence[Rank], limit_s: float, folder: Path) -> str:
-    """Every rank that isn't done, with its stacks."""
-    time.sleep(GRACE_S)  # the ranks' own timers write their stacks at the deadline
+    """Every rank that isn't done: its Python stacks, its collectives, its native stacks, and what it printed."""
+    hanging = [rank for rank in group if rank.process.exitcode is None]
+    end = time.monotonic() + GRACE_S
+    # The ranks' own timers write both at the deadline, which begins with each rank's start.
+    while time.monotonic() < end and not all(_stacks(rank, folder) for rank in hanging if rank.started):
+        time.sleep(0.05)
+    until_answered = time.monotonic() + ANSWER_S
+    while time.monotonic() < until_answered and not all(_answer_of(rank, folder).exists() for rank in hanging):
+        time.sleep(0.05)
     parts = [f"not done after {limit_s:g} s"]
     for rank in group:
-        if rank.process.exitcode is None:
+        if rank in hanging:
             where = "after it returned" if rank.values else "" if rank.started else "before it started"
             parts += [f"rank {rank.index} of {len(group)} hangs {where}".rstrip(), _stacks(rank, folder)]
-            parts.append(_printed(rank, folder))
+            parts += [_collectives(rank, folder), _native_stacks(rank), _printed(rank, folder)]
     return "\n".join(part for part in parts if part)
+
+
+def _collectives(rank: Rank, folder: Path) -> str:
+    """The last collectives that the rank's flight recorder holds, and all that are not done."""
+    path = _answer_of(rank, folder)
+    if not path.exists():
+        return f"rank {rank.index} did not answer for its collectives (it holds the GIL, or has not started)"
+    lines = []
+    for backend, recorded in json.loads(path.read_text()).items():
+        entries = recorded.get("entries", [])
+        for number, entry in enumerate(entries):
+            pending = entry["state"] != "completed"
+            if pending or number >= len(entries) - LAST_COLLECTIVES:
+                group, sizes = entry.get("process_group"), entry.get("input_sizes")
+                name, count = entry["profiling_name"], entry["collective_seq_id"]
+                lines.append(f"  {backend} {name} number {count} of group {group}, sizes {sizes}: {entry['state']}")
+    return f"rank {rank.index}, last and pending collectives:\n" + ("\n".join(lines) or "  none")
+
+
+def _answer_of(rank: Rank, folder: Path) -> Path:
+    return folder / f"collectives-{rank.index}"
+
+
+def _native_stacks(rank: Rank) -> str:
+    """All threads down to their C++ frames, as py-spy reads them from outside."""
+    py_spy = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
+    if py_spy is None or not sys.platform.startswith("linux"):
+        return f"rank {rank.index}: no native stacks (py-spy is not installed, or this is not Linux)"
+    command = [py_spy, "dump", "--native", "--pid", str(rank.process.pid)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=NATIVE_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return f"rank {rank.index}: no native stacks within {NATIVE_LIMIT_S:g} s"
+    return f"rank {rank.index}, native stacks:\n{(done.stdout or done.stderr).strip()}"
 
 
 def _ending(rank: Rank) -> str:
@@ -209,8 +266,12 @@ def _rank_main(index: int, n: int, folder: str, timeout_s: float, work: bytes, o
     stacks = open(f"{folder}/stacks-{index}", "w")  # noqa: SIM115
     faulthandler.enable(stacks)
     faulthandler.dump_traceback_later(timeout_s, file=stacks)
-    # Nobody kills the ranks of a test run that was itself killed; the default action of SIGALRM ends them.
-    signal.setitimer(signal.ITIMER_REAL, timeout_s + 30)
+    # After the Python stacks, since this takes the GIL and may wait for ever.
+    answer = threading.Timer(timeout_s + 0.2, _write_collectives, (f"{folder}/collectives-{index}",))
+    answer.daemon = True
+    answer.start()
+    # No one kills the ranks of a test run that was itself killed; the default action of SIGALRM ends them.
+    signal.setitimer(signal.ITIMER_REAL, timeout_s + 30 + n * NATIVE_LIMIT_S)
     outbox.send_bytes(pickle.dumps(("started", None)))
     try:
         value = _in_group(index, n, folder, timeout_s, work)
@@ -219,6 +280,13 @@ def _rank_main(index: int, n: int, folder: str, timeout_s: float, work: bytes, o
         outbox.send_bytes(pickle.dumps(("error", _format(error))))
         os._exit(1)  # an orderly exit would wait for peers that will be killed anyway
     outbox.close()
+
+
+def _write_collectives(path: str) -> None:
+    """Write down the last collectives of this process, whole or not at all."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(last_collectives()))
+    part.rename(path)
 
 
 def _in_group(index: int, n: int, folder: str, timeout_s: float, work: bytes) -> Any:

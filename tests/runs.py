@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launchers" / "train.py"
 VOCAB = 300
 STEPS = 24
-LIMIT_S = 60.0
+LIMIT_S = 200.0
 CONFIG = f"""
 [run]
 name = "tiny"

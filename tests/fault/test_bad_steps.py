@@ -184,7 +184,7 @@ def test_without_skips_and_roll_backs_the_first_bad_step_ends_the_run(workplace:
 
 
 def test_a_rank_whose_copy_has_changed_is_found_before_it_is_saved(workplace: Path) -> None:
-    """What the ranks of tp hold alike; tests/dist/test_same_on_all_ranks.py has the other copies there are."""
+    """What the ranks of tp hold alike; tests/layouts/test_same_on_all_ranks.py has the other copies there are."""
     name = "flipped"
     argv = ("--parallel.tp", "2", "--fault.inject.kind", "flip_parameter", "--fault.inject.step", "8",
             "--fault.inject.rank", "1", *KEEP)  # fmt: skip

@@ -79,6 +79,7 @@ def injected(run: Path) -> list[tuple[str, int]]:
     return [(entry["kind"], entry["rank"]) for entry in read_lines(run / "injected.jsonl")]
 
 
+@pytest.mark.long
 def test_one_training_survives_them_one_after_the_other(workplace: Path) -> None:
     """Each start is told of the fault before as well, which must not come again."""
     command = ["--run.steps", str(LONG), "--checkpoint.keep_last", "3"]
@@ -143,7 +144,8 @@ def test_a_disk_that_stays_full_ends_the_run_with_its_last_good_checkpoint(workp
     assert code == 1
     assert output.count("error: checkpoint of step 20: rank 1: ") == 1, output
     assert "Traceback" not in output
-    in_a_row = [fault["more"]["in_a_row"] for fault in read_lines(run / "faults.jsonl")]
+    faults = [fault for fault in read_lines(run / "faults.jsonl") if fault["kind"] != "straggler"]
+    in_a_row = [fault["more"]["in_a_row"] for fault in faults]
     assert in_a_row == [1, 2, 3]
     code, output = run_to_end(workplace, 2, "--run.name", "full", *inject("disk_full", rank=0, step=STEPS), *SYNC)
     assert code == 1

@@ -8,6 +8,8 @@ import signal
 from multiprocessing import connection
 from pathlib import Path
 
+import pytest
+
 from configs.faults import InjectConfig
 from engine.fault.plan import plan_faults
 from engine.fault.record import read_lines
@@ -16,6 +18,7 @@ from tests.runs import LIMIT_S, Processes, assert_same_end, make_workplace, run_
 KILLS, LAST, SEED = 12, 48, 10
 
 
+@pytest.mark.long
 def test_twelve_random_kills_change_nothing(tmp_path: Path) -> None:
     plan = plan_faults(InjectConfig(kind="random", count=KILLS, kinds=("kill", "kill_in_save"), seed=SEED), LAST, 2)
     assert {(planned.kind, planned.rank) for planned in plan} == {

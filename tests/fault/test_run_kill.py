@@ -30,7 +30,7 @@ def whole(workplace: Path) -> Path:
     return run
 
 
-SLOW = ("--fault.inject.kind", "slow_disk", "--fault.inject.step", "10", "--fault.inject.seconds", "0.3")
+SLOW = ("--fault.inject.kind", "slow_disk", "--fault.inject.step", "10", "--fault.inject.seconds", "1.5")
 """A save that is long enough to be found half written."""
 
 

@@ -1,6 +1,7 @@
 """The harness of all multi-rank tests: it must fail when a rank fails, hangs, dies or dies late."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,13 +79,20 @@ def _hang_on_one() -> None:
     dist.barrier()
 
 
-def test_at_the_deadline_every_stack_is_shown() -> None:
+def test_at_the_deadline_every_stack_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_ranks(1, int)  # the server is there now
+    monkeypatch.setattr("tests.ranks.START_LIMIT_S", 6.0)  # a deadline that is as long is one too
     with pytest.raises(RanksFailed) as failure:
-        run_ranks(2, _hang_on_one, timeout_s=2)
+        run_ranks(2, _hang_on_one, timeout_s=6)
     text = str(failure.value)
-    assert text.startswith("not done after 2 s\nrank 0 of 2 hangs\n")
-    assert "barrier" in text.split("rank 1 of 2 hangs")[0]
-    assert "_hang_on_one" in text.split("rank 1 of 2 hangs")[1]
+    assert text.startswith("not done after 6 s\nrank 0 of 2 hangs\n")
+    waiting, hanging = text.split("rank 1 of 2 hangs")
+    assert "barrier" in waiting and "_hang_on_one" in hanging
+    # The collective that waits for its peer is named, and both ranks are seen down to C++ and the system.
+    assert re.search(r"rank 0, last and pending collectives:\n(  .*\n)*  gloo gloo:\S+ .*: (started|scheduled)\n", text)
+    assert "rank 1, last and pending collectives:\n" in hanging
+    assert re.search(r"rank 0, native stacks:\n(.*\n)*.*libtorch", waiting), waiting
+    assert re.search(r"rank 1, native stacks:\n(.*\n)*.*_hang_on_one", hanging), hanging
 
 
 def _die_on_one() -> None:

@@ -109,6 +109,7 @@ class Cluster:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for daemon in self._daemons:
+            daemon.kill()
             daemon.wait(10)
 
     def start_node(self, node: str) -> None:

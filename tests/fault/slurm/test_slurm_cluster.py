@@ -226,7 +226,7 @@ def test_a_killed_rank_fails_the_job_which_does_not_loop(submit_job: Submit, clu
     begin = time.monotonic()
     send([pid for pid in job.ranks() if variable(pid, "RANK") == "3"], signal.SIGKILL)
     assert job.wait() == "FAILED"
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 120
     assert "not queued again: a rank failed" in job.log()
     waiting = ("sbatch", f"--dependency=afterok:{job.number}", "-o", str(tmp_path / "never"), "--wrap", "true")
     number = cluster.call(*waiting, "--parsable").strip()

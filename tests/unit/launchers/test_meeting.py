@@ -70,6 +70,7 @@ def test_a_node_that_stands_still_is_silent_and_one_that_left_or_lives_is_not(
         while not done.is_set():
             nodes[2].beat()
 
+    monkeypatch.setattr(meeting, "SILENCE_S", 30.0)  # it returns with the first beat
     with ThreadPoolExecutor() as pool:
         pool.submit(live)
         try:

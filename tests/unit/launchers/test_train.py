@@ -1,4 +1,4 @@
-"""The command line's codes and words, in this process; whole runs are in tests/fault and tests/dist."""
+"""The command line's codes and words, in this process; whole runs are in tests/fault and tests/layouts."""
 
 import os
 import subprocess

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ["--model.vocab_size", "97", "--model.dim", "32", "--model.num_layers", "2", "--model.num_heads", "4",
         "--model.num_kv_heads", "2", "--model.ffn_dim", "48", "--data.seq_len", "16", "--data.global_batch_size", "4",
@@ -37,6 +39,7 @@ def test_a_wrong_config_is_one_message() -> None:
     assert done.stderr == "error: --model.dims: unknown option; did you mean --model.dim?\n"
 
 
+@pytest.mark.long
 def test_lora_here_and_in_peft_do_the_same_work(tmp_path: Path) -> None:
     """With DoRA, which has all parts of LoRA and one more."""
     command = [sys.executable, "tools/bench.py", "lora", "configs/bench.toml", *TINY, "--rounds", "1", "--steps", "2"]
@@ -71,6 +74,7 @@ def test_what_peft_would_not_do_is_not_compared() -> None:
     assert other.stderr == "error: adapter.kind = 'bottleneck': must be lora, which is what is compared.\n"
 
 
+@pytest.mark.long
 def test_layouts_do_the_same_work_as_one_process(tmp_path: Path) -> None:
     command = [sys.executable, "tools/bench.py", "layouts", "configs/bench.toml", *TINY]
     command += ["--layouts", "dp_shard=2", "cp=2,schedule=1F1B,pp=1", "--rounds", "1", "--steps", "2"]

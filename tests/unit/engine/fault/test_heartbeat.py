@@ -6,6 +6,7 @@ import sys
 
 from configs.faults import FaultConfig
 from engine.fault.heartbeat import SIZE, Beat, Heart, Pulse
+from tests.runs import until
 
 FAULT = FaultConfig(first_step_timeout_s=1000, step_timeout_s=300, hang_min_s=10.0, hang_factor=5.0)
 
@@ -114,6 +115,7 @@ while True:
             while seen.read().step == 0:
                 assert writer.poll() is None
             beats = [seen.read() for _ in range(20_000)]
+            until(lambda: [beats.append(seen.read()), beats[-1].step != beats[0].step][1])
         finally:
             writer.kill()
     assert len({beat.step for beat in beats}) > 1

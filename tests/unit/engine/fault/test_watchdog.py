@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,22 @@ def watchdog(run: Path, nodes: list[int], *ranks: Rank) -> Iterator["subprocess.
         assert process.stdin is not None
         process.stdin.write(json.dumps(job))
         process.stdin.close()
-        until(lambda: pids_in(process) >= {rank.process.pid for rank in ranks})
+        # It takes hold of a rank's process first and of its memory last.
+        until(lambda: pids_in(process) >= {rank.process.pid for rank in ranks} and memories_of(process) >= len(ranks))
         try:
             yield process
         finally:
             process.kill()
+
+
+def memories_of(process: "subprocess.Popen[str]") -> int:
+    """Count the ranks whose memory a watchdog has, by the file that it opens last."""
+    found = set()
+    for path in Path(f"/proc/{process.pid}/fd").glob("*"):
+        with suppress(OSError):
+            if "memfd:collectives" in os.readlink(path):
+                found.add(path.stat().st_ino)
+    return len(found)
 
 
 def pids_in(process: "subprocess.Popen[str]") -> set[int]:
@@ -272,10 +283,14 @@ def test_stacks_are_whole_when_they_grow_no_more(tmp_path: Path) -> None:
         sizes = dict(before)
         assert not all_written([watched], before, sizes), "nothing yet"
         stacks = Path(f"/proc/{rank.process.pid}/fd/{rank.entry['files']['stacks']}")
-        for part in ("Thread 1\n", "Thread 2\n", "Current thread\n"):
+        for part in ("Thread 1\n", "Thread 2\n", "Current thread\n", '  File "train.py", line 9 in main\n'):
             with stacks.open("a") as file:
                 file.write(part)
-            assert not all_written([watched], before, sizes), part
+            for _ in range(2):
+                assert not all_written([watched], before, sizes), part
+        with stacks.open("a") as file:
+            file.write('  File "train.py", line 9 in <module>\n')
+        assert not all_written([watched], before, sizes), "there may be more"
         assert all_written([watched], before, sizes)
 
 
@@ -289,8 +304,10 @@ def test_nodes_wait_for_each_other_long_enough() -> None:
 def test_ranks_that_are_killed_together_are_told_of_together(tmp_path: Path) -> None:
     first, second = Rank(0, 5, 1800), Rank(1, 5, 1800)
     with started(first, second), watchdog(tmp_path, [0], first, second) as process:
+        process.send_signal(signal.SIGSTOP)  # it sees both deaths at one look, however far apart they are
         for rank in (first, second):
             rank.process.kill()
+        process.send_signal(signal.SIGCONT)
         assert process.wait(30) == 0
         line = said(process)
     (fault,) = read_lines(tmp_path / "faults.jsonl")
