@@ -3,6 +3,9 @@
 Fixtures live beside the tests that use them; here is only what pytest itself must know.
 """
 
+from collections import Counter
+from pathlib import PurePath
+
 import hypothesis
 import pytest
 import torch
@@ -19,3 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests of each folder passed, by file: a folder that is left out shows in the log."""
+    passed = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    files = Counter(PurePath(report.nodeid.split("::")[0]) for report in passed)
+    folders = sorted({file.parent for file in files})
+    for folder in folders:
+        counts = {
+            file.stem.removeprefix("test_"): count for file, count in sorted(files.items()) if file.parent == folder
+        }
+        of_files = ", ".join(f"{name} {count}" for name, count in counts.items())
+        terminalreporter.write_line(f"{folder}: {sum(counts.values())} passed ({of_files})")

@@ -4,14 +4,19 @@ What a linter, the type checker or import-linter can see is left to them (`make 
 """
 
 import ast
+import os
 import re
+import shlex
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from configs.fields import INDEX, walk
 from configs.schema import Config
@@ -327,11 +332,34 @@ def test_dependencies_are_declared_as_they_are_imported() -> None:
     assert outside == set(), "an extra may be imported in tools/ only"
 
 
-def test_torch_is_pinned_once() -> None:
-    pinned = re.findall(r"^TORCH := (torch==\S+)$", (ROOT / "Makefile").read_text(), re.M)
+def test_everything_that_is_installed_has_one_version() -> None:
+    """Each declared range has a line in the lock, with a version that it admits."""
+    locked = dict(re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / ".ci" / "constraints.txt").read_text(), re.M))
+    versions = {name.lower().replace("-", "_"): version for name, version in locked.items()}
     project = _pyproject()["project"]
-    assert [pinned[0]] == [text for text in project["optional-dependencies"]["dev"] if text.startswith("torch==")]
-    assert "torch>=2.11,<2.14" in project["dependencies"]
+    extras = project["optional-dependencies"]
+    declared = project["dependencies"] + [text for name in ("float8", "qlora", "bench", "dev") for text in extras[name]]
+    for text in declared:
+        requirement = Requirement(text)
+        if requirement.name != "ropewalk":
+            version = versions[requirement.name.lower().replace("-", "_")]
+            assert requirement.specifier.contains(version), f"{text}, but the lock has {version}"
+    assert "torch>=2.11,<2.15" in project["dependencies"]
+
+
+def test_ci_runs_every_test_file() -> None:
+    """By the command that CI gives: a folder named dist is left out by pytest, and nothing says so."""
+    (command,) = re.findall(r"^make (test-all)\b", (ROOT / ".ci" / "run").read_text(), re.M)
+    # What an outer make was given is not for this one.
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES")}
+    options: dict[str, Any] = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    dry = subprocess.run(["make", "--dry-run", command], check=True, **options).stdout
+    (arguments,) = re.findall(r"^\S+/python -m pytest(.*)$", dry, re.M)
+    collect = [sys.executable, "-m", "pytest", *shlex.split(arguments), "--collect-only", "-qq"]
+    done = subprocess.run(collect, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    collected = set(re.findall(r"^(tests/\S+\.py)\b", done.stdout, re.M))
+    assert {_name(path) for path in TESTS if path.stem.startswith("test_")} - collected == set()
 
 
 def test_every_package_is_installed() -> None:

@@ -75,7 +75,7 @@ def test_saved_on_one_layout_is_loaded_on_another(before: str, after: str, tied:
         for name, save in ((before, True), (after, False)):
             parallel = ParallelConfig(**DEGREES[name])
             ranks = parallel.dp_replicate * max(parallel.dp_shard, 1) * parallel.cp * parallel.tp * parallel.pp
-            config = replace(layout_config(3, model={"tie_embeddings": tied}), parallel=parallel)
+            config = replace(layout_config(3, model={"tie_embeddings": tied, "num_layers": 4}), parallel=parallel)
             whole: dict[str, torch.Tensor] = {}
             for of_rank in run_ranks(ranks, save_or_load, config, Path(folder), save):
                 whole |= of_rank

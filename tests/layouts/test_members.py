@@ -239,7 +239,9 @@ TWO_RANKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tp": ("rich", {"tp": 2}, {}),
     "tp, sick": ("sick", {"tp": 2}, {"base": "sharded"}),
     "pp": ("rich", {"pp": 2}, {}),
-    "pp, zero bubble": ("sick", {"pp": 2, "schedule": "InterleavedZeroBubble"}, {"base": "sharded"}),
+    "pp, zero bubble": (
+        "sick", {"pp": 2, "schedule": "InterleavedZeroBubble", "stages_per_rank": 1}, {"base": "sharded"}
+    ),
     "cp": ("rich", {"cp": 2}, {}),
     "muon": ("muon", {"dp_shard": 2}, {}),
 }  # fmt: skip

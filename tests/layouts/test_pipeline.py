@@ -1,5 +1,6 @@
 """Every pipeline schedule trains what one process trains, and stages are cut where they cost least."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 import engine.pipelined
-from configs.errors import LayoutError
+from configs.check import resolve
+from configs.errors import ConfigError, LayoutError
 from configs.schema import Config, ModelConfig, ParallelConfig
 from engine.build import build_passes
+from engine.pipelined import check_schedule, gives_each_result_its_gradient
 from engine.weights import starting_weights
 from models.llama import Llama
 from parallel.apply import build_model
@@ -128,6 +131,31 @@ def _with_freed_blocks(config: Config) -> list[str]:
     _, forward_backward = build_passes(config, layout, model)
     forward_backward(my_microbatches(global_batch(0, False), layout, 1), torch.tensor(100))
     return [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
+def test_compiled_halves_are_refused_where_torch_gets_them_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def adds_up_the_gradients_of_all_results(weights: Iterator[torch.Tensor], groups: Any) -> None:
+        for weight in weights:  # as torch 2.11 does
+            weight.grad = torch.tensor(3.0 * (2 + 7))
+
+    def compiled(schedule: str, blocks: bool = True, **parallel: Any) -> Config:
+        given = {"pp": 2, "schedule": schedule, **parallel}
+        config = layout_config(3, model={"num_layers": 4}, compile={"blocks": blocks}, parallel=given)
+        return resolve(config, 2)
+
+    monkeypatch.setattr(engine.pipelined, "stage_backward_weight", adds_up_the_gradients_of_all_results)
+    for schedule in ("InterleavedZeroBubble", *V):
+        with pytest.raises(ConfigError) as caught:
+            check_schedule(compiled(schedule))
+        assert caught.value.problems == [
+            f"parallel.schedule = '{schedule}': can't run compiled blocks under torch {torch.__version__} (its weight "
+            "pass adds up the gradients of all results of a compiled block; torch 2.12 has it mended). Install torch "
+            "2.12 or newer, or use compile.blocks = false, or the schedule 1F1B or Interleaved1F1B."
+        ]
+        check_schedule(compiled(schedule, blocks=False))
+    check_schedule(compiled("1F1B"))
+    monkeypatch.undo()
+    assert gives_each_result_its_gradient() == (torch.__version__ >= "2.12")  # compared as versions
 
 
 MODEL = ModelConfig(

@@ -41,7 +41,7 @@ def one_process(kv_heads: int, tied: bool, documents: bool) -> Trained:
         (2, {"tp": 2}, 1, True, True),
         (4, {"tp": 4}, 4, False, False),
         (4, {"tp": 4}, 1, True, True),
-        (4, {"tp": 2, "dp_shard": 2}, 1, True, True),
+        pytest.param(4, {"tp": 2, "dp_shard": 2}, 1, True, True, marks=pytest.mark.long),
         (4, {"tp": 2, "dp_shard": 2, "accumulate": "unsharded"}, 2, False, True),
     ],
 )
@@ -176,6 +176,7 @@ def count_graphs(config: Any) -> tuple[list[float], int]:
     return (found.losses + found.norms if found else []), dynamo.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.long
 def test_compiled_blocks_are_one_graph_and_the_eager_run() -> None:
     try:
         check_compiler(CompileConfig(blocks=True), torch.device("cpu"))

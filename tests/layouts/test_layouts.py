@@ -14,13 +14,20 @@ AXES = ("dp_replicate", "dp_shard", "cp", "tp", "pp")
 
 
 @functools.cache
-def one_process(documents: bool, tied: bool, compute: str = "fp64") -> Trained:
-    return train_on(1, config_for({}, tied, compute), documents)
+def one_process(documents: bool, tied: bool, compute: str = "fp64", layers: int = 2) -> Trained:
+    return train_on(1, config_for({}, tied, compute, layers=layers), documents)
 
 
-def config_for(parallel: dict[str, Any], tied: bool, compute: str = "fp64", **sections: dict[str, Any]) -> Any:
+def layers_for(parallel: Mapping[str, Any]) -> int:
+    return max(2, parallel.get("pp", 1))
+
+
+def config_for(
+    parallel: dict[str, Any], tied: bool, compute: str = "fp64", layers: int = 0, **sections: dict[str, Any]
+) -> Any:
     precision = {"compute": compute, "master": "fp64" if compute == "fp64" else "fp32"}
-    model = {"tie_embeddings": tied, "attention_bias": True, "mlp_bias": True}
+    model: dict[str, Any] = {"tie_embeddings": tied, "attention_bias": True, "mlp_bias": True}
+    model["num_layers"] = layers or layers_for(parallel)
     return layout_config(3, model=model, precision=precision, parallel=parallel, **sections)
 
 
@@ -31,8 +38,16 @@ def ranks_of(parallel: dict[str, Any]) -> int:
     return n
 
 
-def named(layouts: Sequence[Mapping[str, Any]]) -> list[Any]:
-    return [pytest.param(one, id=" ".join(f"{axis}{degree}" for axis, degree in one.items())) for one in layouts]
+def named(layouts: Sequence[Mapping[str, Any]], long: Sequence[Mapping[str, Any]] = ()) -> list[Any]:
+    """Name them; those in `long` repeat what others show already."""
+    return [
+        pytest.param(
+            one,
+            id=" ".join(f"{axis}{degree}" for axis, degree in one.items()),
+            marks=[pytest.mark.long] if one in long else [],
+        )
+        for one in layouts
+    ]
 
 
 ALONE: list[dict[str, Any]] = [{axis: degree} for axis in AXES for degree in (2, 4)]
@@ -45,35 +60,58 @@ TRIPLES = [
 ]
 
 
-@pytest.mark.parametrize("parallel", named(ALONE + PAIRS))
+@pytest.mark.parametrize("parallel", named(ALONE + PAIRS, long=[{"dp_replicate": 4}, {"dp_shard": 4}, {"tp": 4}]))
 def test_a_layout_equals_one_process(parallel: dict[str, Any]) -> None:
     found = train_on(ranks_of(parallel), config_for(parallel, tied=False, data={"micro_batch_size": 3}))
-    assert_same(found, one_process(documents=False, tied=False), 1e-10)
+    assert_same(found, one_process(documents=False, tied=False, layers=layers_for(parallel)), 1e-10)
 
 
-@pytest.mark.parametrize("parallel", named([one for one in ALONE if 2 in one.values()] + TRIPLES))
+@pytest.mark.parametrize(
+    "parallel",
+    named(
+        [one for one in ALONE if 2 in one.values()] + TRIPLES,
+        long=[{"dp_replicate": 2}, {"dp_shard": 2}, {"tp": 2}, TRIPLES[1], TRIPLES[2]],
+    ),
+)
 def test_documents_with_unequal_targets_stay_what_they_are(parallel: dict[str, Any]) -> None:
     tied = "pp" in parallel
     found = train_on(ranks_of(parallel), config_for(parallel, tied, data={"micro_batch_size": 1}), documents=True)
     assert_same(found, one_process(documents=True, tied=tied), 1e-10)
 
 
-@pytest.mark.parametrize("mode", ["full", "selective"])
-@pytest.mark.parametrize("parallel", named([{}, {"dp_shard": 2, "tp": 2}, {"cp": 2, "pp": 2}]))
-def test_recompute_changes_nothing(parallel: dict[str, Any], mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "parallel"),
+    [
+        pytest.param(mode, layout, marks=[pytest.mark.long] if repeats else [])
+        for mode, layout, repeats in [
+            ("full", {}, False),
+            ("selective", {}, False),
+            ("full", {"dp_shard": 2, "tp": 2}, True),
+            ("selective", {"dp_shard": 2, "tp": 2}, False),
+            ("full", {"cp": 2, "pp": 2}, False),
+            ("selective", {"cp": 2, "pp": 2}, True),
+        ]
+    ],
+)
+def test_recompute_changes_nothing(mode: str, parallel: dict[str, Any]) -> None:
     sections = {"recompute": {"mode": mode, "every_blocks": 2}, "data": {"micro_batch_size": 3}}
     found = train_on(ranks_of(parallel), config_for(parallel, False, **sections))
     assert_same(found, one_process(documents=False, tied=False), 1e-10)
 
 
-@pytest.mark.parametrize("parallel", named([{"dp_shard": 2}, {"dp_shard": 2, "pp": 2}, {"dp_replicate": 2, "tp": 2}]))
+@pytest.mark.parametrize(
+    "parallel",
+    named(
+        [{"dp_shard": 2}, {"dp_shard": 2, "pp": 2}, {"dp_replicate": 2, "tp": 2}], long=[{"dp_replicate": 2, "tp": 2}]
+    ),
+)
 def test_unsharded_accumulation_changes_nothing(parallel: dict[str, Any]) -> None:
     parallel = parallel | {"accumulate": "unsharded", "reshard_after_forward": False}
     found = train_on(ranks_of(parallel), config_for(parallel, False, data={"micro_batch_size": 2}))
     assert_same(found, one_process(documents=False, tied=False), 1e-10)
 
 
-@pytest.mark.parametrize(("compute", "bound"), [("fp32", 1e-4), ("bf16", 5e-2)])
+@pytest.mark.parametrize(("compute", "bound"), [pytest.param("fp32", 1e-4, marks=pytest.mark.long), ("bf16", 5e-2)])
 @pytest.mark.parametrize("parallel", named([{axis: 2} for axis in AXES]))
 def test_lower_precision_stays_near_one_process(parallel: dict[str, Any], compute: str, bound: float) -> None:
     """Losses and norms only: in bf16 single gradients differ by what bf16 rounds."""

@@ -123,12 +123,12 @@ def half(workplace: Path, whole: list[dict[str, Any]]) -> Path:
     ("n", "other"),
     [
         (1, ()),
-        (2, ("--data.micro_batch_size", "1")),
-        (4, ()),
+        pytest.param(2, ("--data.micro_batch_size", "1"), marks=pytest.mark.long),
+        pytest.param(4, (), marks=pytest.mark.long),
         (4, ("--parallel.dp_replicate", "2", "--data.micro_batch_size", "1")),
-        (2, ("--parallel.tp", "2")),
+        pytest.param(2, ("--parallel.tp", "2"), marks=pytest.mark.long),
         (2, ("--parallel.cp", "2")),
-        (2, ("--parallel.pp", "2")),
+        pytest.param(2, ("--parallel.pp", "2"), marks=pytest.mark.long),
         (4, ("--parallel.tp", "2", "--parallel.pp", "2", "--parallel.schedule", "GPipe")),
     ],
 )

@@ -72,8 +72,10 @@ def huggingface_loop(config: Config) -> Trained:
     return found
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(
+    ("n", "tied"),
+    [(1, False), (2, True), *(pytest.param(*case, marks=pytest.mark.long) for case in ((1, True), (2, False)))],
+)
 def test_twenty_steps_equal_a_plain_loop_around_transformers(n: int, tied: bool) -> None:
     config = a_config(20, model={"tie_embeddings": tied})
     found, expected = train_on(n, config), huggingface_loop(config)
@@ -106,8 +108,16 @@ def one_process(tied: bool) -> Trained:
     return train_on(1, fp64_config(tied))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+TIED = ("3", "hsdp-2x2", "accumulate-2")
+
+
+@pytest.mark.parametrize(
+    ("layout", "tied"),
+    [
+        *((layout, False) for layout in LAYOUTS),
+        *(pytest.param(layout, True, marks=[] if layout in TIED else [pytest.mark.long]) for layout in LAYOUTS),
+    ],
+)
 def test_every_layout_equals_one_process_in_fp64(layout: str, tied: bool) -> None:
     n, parallel, micro_batch_size = LAYOUTS[layout]
     config = fp64_config(tied)

@@ -114,7 +114,7 @@ def test_a_pass_without_gradients_keeps_nothing() -> None:
 
 
 def test_names_and_classes_stay_what_they_are() -> None:
-    model = Llama(resolve(layout_config(1), 1).model)
+    model = Llama(resolve(layout_config(1, model={"num_layers": 4}), 1).model)
     blocks = list(model.layers.values())
     names, kinds = [name for name, _ in model.named_parameters()], {type(block) for block in blocks}
     recompute(blocks, RecomputeConfig(mode="full", every_blocks=3))
@@ -128,6 +128,7 @@ def trained(n: int, mode: str, every_blocks: int = 1, **parallel: Any) -> Traine
     """Two steps in bf16, where another order of operations would show at once."""
     config = layout_config(
         2,
+        model={"num_layers": 4},
         precision={"compute": "bf16", "master": "fp32"},
         data={"micro_batch_size": 3},
         recompute={"mode": mode, "every_blocks": every_blocks},

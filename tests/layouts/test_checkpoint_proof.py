@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from configs.errors import CheckpointError
 from engine.checkpoint.checkpointer import Checkpointer, open_checkpoint
 from engine.checkpoint.storage import SAFETENSORS_DTYPES
-from tests.dist.test_checkpoint import PLAIN, build, config, hash_of, load_newest, save_steps, solo, train
+from tests.layouts.test_checkpoint import PLAIN, build, config, hash_of, load_newest, save_steps, solo, train
 from tests.ranks import ranks, run_ranks
 
 

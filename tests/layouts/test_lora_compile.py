@@ -17,7 +17,7 @@ from models.quantized import quantize_frozen
 from models.rope import rope_table
 from parallel.recompute import recompute
 from tests.ranks import run_ranks
-from tests.training import assert_same, layout_config, put_together, train_and_count, train_on
+from tests.training import GRAPHS, KERNELS, assert_same, layout_config, put_together, train_and_count, train_on
 
 WIDE = {"num_layers": 3, "dim": 64, "num_heads": 4, "head_dim": 32, "ffn_dim": 128}
 LORA = {"kind": "lora", "rank": 4}
@@ -44,10 +44,11 @@ def a_config(adapter: dict[str, Any], mode: str, compiled: bool, **parallel: Any
     )
 
 
-def test_compiled_blocks_train_the_eager_run_by_one_graph() -> None:
+@pytest.mark.parametrize("backend", [GRAPHS, pytest.param(KERNELS, marks=pytest.mark.long)])
+def test_compiled_blocks_train_the_eager_run_by_one_graph(backend: str) -> None:
     adapter = {"dropout": 0.2, "quantization": "nf4"}
     eager = train_on(2, a_config(adapter, "none", False, tp=2))
-    found = run_ranks(2, train_and_count, a_config(adapter, "selective", True, tp=2), timeout_s=400)
+    found = run_ranks(2, train_and_count, a_config(adapter, "selective", True, tp=2), backend, timeout_s=400)
     # The block without gradients, and with them; and the first one, whose input nobody asks a gradient of.
     assert [graphs for _, graphs in found] == [3] * 2
     assert_same(put_together([of_rank for of_rank, _ in found if of_rank]), eager, 1e-4)

@@ -84,7 +84,7 @@ def trained(n: int) -> dict[str, Trained]:
 @pytest.mark.parametrize(
     ("n", "form", "name"),
     [
-        pytest.param(n, case[0], name_of(*case), id=name_of(*case))
+        pytest.param(n, case[0], name_of(*case), id=name_of(*case), marks=[pytest.mark.long] if n == 4 else [])
         for n, cases in ((2, TWO), (4, FOUR))
         for case in cases
     ],
