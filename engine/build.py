@@ -21,7 +21,7 @@ from engine.base_identity import base_identity, check_base
 from engine.checkpoint.checkpointer import Checkpointer, Found
 from engine.checkpoint.manifest import list_steps
 from engine.checkpoint.storage import free_space
-from engine.compiler import check_compiler
+from engine.compiler import check_compiled_context, check_compiler
 from engine.data.batches import Batch, Batches
 from engine.data.members import MemberBatches
 from engine.data.prepare import prepare_from_config
@@ -156,6 +156,7 @@ def _open_checkpointer(config: Config, folder: RunFolder, care: Care) -> Checkpo
 def _checked_for_device(config: Config, device: torch.device, ranks_on_node: int) -> Config:
     """Refuse what this device can't do or hold; return the config with what the device decides."""
     check_compiler(config.compile, device)
+    check_compiled_context(config)
     check_float8(config, device)
     check_schedule(config)
     attention_backend(config, device)

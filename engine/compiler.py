@@ -5,7 +5,19 @@ import importlib.util
 import torch
 
 from configs.errors import ConfigError, problem
-from configs.schema import CompileConfig
+from configs.schema import CompileConfig, Config
+
+CONTEXT_COMPILES_FROM = "2.13"
+"""torch 2.11 gets compiled attention over parts of a sequence wrong, or hangs; 2.12 was not tried."""
+
+
+def check_compiled_context(config: Config) -> None:
+    """Refuse compiled blocks under context parallelism where torch computes something else, silently."""
+    if config.compile.blocks and config.parallel.cp > 1 and torch.__version__ < CONTEXT_COMPILES_FROM:  # as versions
+        expected = f"can't run compiled blocks under torch {torch.__version__}"
+        why = "compiled attention over parts of a sequence was seen to give other numbers under torch 2.11"
+        do = f"Install torch {CONTEXT_COMPILES_FROM} or newer, or use compile.blocks = false, or parallel.cp = 1."
+        raise ConfigError(problem("parallel.cp", config.parallel.cp, expected, why, do))
 
 
 def check_compiler(config: CompileConfig, device: torch.device) -> None:

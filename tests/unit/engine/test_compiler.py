@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch._inductor import config as inductor
 from torch._inductor import cpp_builder
+from torch.torch_version import TorchVersion
 
 from configs.errors import ConfigError
 from configs.schema import CompileConfig
-from engine.compiler import check_compiler
+from engine.compiler import check_compiled_context, check_compiler
+from tests.training import layout_config
 
 CPU = torch.device("cpu")
 
@@ -41,3 +43,22 @@ def test_a_run_that_compiles_nothing_needs_no_compiler(blocks: bool, loss: bool)
     except ConfigError as error:
         problems = error.problems
     assert bool(problems) == (blocks or loss)
+
+
+def test_compiled_context_is_refused_where_torch_gets_it_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
+    with pytest.raises(ConfigError) as caught:
+        check_compiled_context(layout_config(3, compile={"blocks": True}, parallel={"cp": 2}))
+    assert caught.value.problems == [
+        "parallel.cp = 2: can't run compiled blocks under torch 2.11.0 (compiled attention over parts of a sequence "
+        "was seen to give other numbers under torch 2.11). Install torch 2.13 or newer, or use compile.blocks = false, "
+        "or parallel.cp = 1."
+    ]
+    for blocks, cp, version in ((False, 2, "2.11.0"), (True, 1, "2.11.0"), (True, 2, "2.13.0"), (True, 2, "2.14.1")):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        refused = False
+        try:
+            check_compiled_context(layout_config(3, compile={"blocks": blocks}, parallel={"cp": cp}))
+        except ConfigError:
+            refused = True
+        assert not refused, (blocks, cp, version)
