@@ -253,15 +253,17 @@ def gives_each_result_its_gradient() -> bool:
 
 
 def check_schedule(config: Config) -> None:
-    """Refuse compiled blocks under a schedule that computes weight gradients apart where torch gets these wrong."""
+    """Refuse what torch can't compute weight gradients apart for: compiled blocks, and several adapters in one run."""
     parallel = config.parallel
-    if parallel.pp == 1 or not config.compile.blocks or not _computes_weights_apart(parallel):
+    refused = [(config.compile.blocks, "compiled blocks"), (bool(config.adapter.members), "adapter.members")]
+    asked = " and ".join(what for is_asked, what in refused if is_asked)
+    if parallel.pp == 1 or not asked or not _computes_weights_apart(parallel):
         return
     if not gives_each_result_its_gradient():
         given = parallel.schedule_csv or parallel.schedule
-        expected = f"can't run compiled blocks under torch {torch.__version__}"
-        why = "its weight pass adds up the gradients of all results of a compiled block; torch 2.12 has it mended"
-        do = "Install torch 2.12 or newer, or use compile.blocks = false, or the schedule 1F1B or Interleaved1F1B."
+        expected = f"can't run {asked} under torch {torch.__version__}"
+        why = "its weight pass is wrong for functions that have a backward of their own; torch 2.12 has it mended"
+        do = "Install torch 2.12 or newer, or use the schedule 1F1B or Interleaved1F1B."
         raise ConfigError(problem("parallel.schedule", given, expected, why, do))
 
 

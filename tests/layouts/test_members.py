@@ -23,6 +23,7 @@ from engine.data.members import joined
 from engine.fault.guard import Guard
 from engine.lr import lr_at
 from engine.optim import build_optimizer
+from engine.pipelined import gives_each_result_its_gradient
 from engine.step import train_step
 from engine.weights import starting_weights
 from models.init import fill_local
@@ -257,6 +258,8 @@ def test_each_member_is_its_single_run_on_any_layout(
 ) -> None:
     runs: dict[str, Run] = {}
     for name, (kind, parallel, adapter) in layouts.items():
+        if "zero bubble" in name and not gives_each_result_its_gradient():
+            continue  # torch 2.11; refused, see test_pipeline.py
         make, documents, spoil = KINDS[kind]
         config = make()
         # Two microbatches a rank, so that gradients are accumulated.
@@ -265,8 +268,8 @@ def test_each_member_is_its_single_run_on_any_layout(
         config = replace(config, data=data, parallel=settings, adapter=replace(config.adapter, **adapter))
         runs[name] = (config, tuple("abc"), documents, spoil)
     found = train_all(n, runs)
-    for name, (kind, _, _) in layouts.items():
-        assert_each_as_alone(found[name], truths[kind], name)
+    for name in runs:
+        assert_each_as_alone(found[name], truths[layouts[name][0]], name)
 
 
 def test_compiled_blocks_and_a_compiled_loss_give_the_same() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import engine.pipelined
+from configs.adapters import AdapterConfig, MemberConfig
 from configs.check import resolve
 from configs.errors import ConfigError, LayoutError
 from configs.schema import Config, ModelConfig, ParallelConfig
@@ -149,11 +150,14 @@ def test_compiled_halves_are_refused_where_torch_gets_them_wrong(monkeypatch: py
             check_schedule(compiled(schedule))
         assert caught.value.problems == [
             f"parallel.schedule = '{schedule}': can't run compiled blocks under torch {torch.__version__} (its weight "
-            "pass adds up the gradients of all results of a compiled block; torch 2.12 has it mended). Install torch "
-            "2.12 or newer, or use compile.blocks = false, or the schedule 1F1B or Interleaved1F1B."
+            "pass is wrong for functions that have a backward of their own; torch 2.12 has it mended). Install torch "
+            "2.12 or newer, or use the schedule 1F1B or Interleaved1F1B."
         ]
         check_schedule(compiled(schedule, blocks=False))
     check_schedule(compiled("1F1B"))
+    several = AdapterConfig(kind="lora", members=(MemberConfig(name="a"), MemberConfig(name="b")))
+    with pytest.raises(ConfigError, match=r"can't run adapter\.members under torch "):
+        check_schedule(replace(compiled(V[0], blocks=False), adapter=several))
     monkeypatch.undo()
     assert gives_each_result_its_gradient() == (torch.__version__ >= "2.12")  # compared as versions
 
