@@ -170,7 +170,7 @@ def train_on(n: int, config: Config, documents: bool = False, **batches: Any) ->
     `batches`: same_batch trains every step on the first one's, all_ignored_at takes a step's targets away.
     """
     here = functools.partial(train_here, config, documents, **batches)
-    return put_together([found for found in run_ranks(n, here, timeout_s=120) if found is not None])
+    return put_together([found for found in run_ranks(n, here, timeout_s=300) if found is not None])
 
 
 def train_each(n: int, configs: Mapping[str, Config], documents: bool = False) -> dict[str, Trained]:
@@ -179,7 +179,7 @@ def train_each(n: int, configs: Mapping[str, Config], documents: bool = False) -
     names = list(configs)
     for begin in range(0, len(names), TRAINED_A_START):
         some = {name: configs[name] for name in names[begin : begin + TRAINED_A_START]}
-        ranks = run_ranks(n, _train_each_here, some, documents, timeout_s=120 + 10 * len(some))
+        ranks = run_ranks(n, _train_each_here, some, documents, timeout_s=300 + 20 * len(some))
         found |= {name: put_together([rank[name] for rank in ranks if rank[name] is not None]) for name in some}
     return found
 

@@ -173,7 +173,7 @@ def train_all_here(runs: Mapping[str, Run]) -> dict[str, dict[str, Member]]:
 
 def train_all(n: int, runs: Mapping[str, Run]) -> dict[str, dict[str, Member]]:
     """Train one run after the other on the same ranks and put the stages of a pipeline together."""
-    ranks = run_ranks(n, functools.partial(train_all_here, runs), timeout_s=120 + 20 * len(runs))
+    ranks = run_ranks(n, functools.partial(train_all_here, runs), timeout_s=300 + 20 * len(runs))
     first = ranks[0]
     for other in ranks[1:]:
         for run, of_members in other.items():

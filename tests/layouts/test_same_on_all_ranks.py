@@ -134,7 +134,7 @@ def trained() -> dict[str, list[dict[str, Any]]]:
     """What each rank says of each layout."""
     found: dict[str, list[dict[str, Any]]] = {}
     for n in sorted({ranks for ranks, _ in LAYOUTS.values()}):
-        each = run_ranks(n, train_all, configs_for(n), timeout_s=180)
+        each = run_ranks(n, train_all, configs_for(n), timeout_s=600)
         found |= {name: [of_rank[name] for of_rank in each] for name in configs_for(n)}
     return found
 
