@@ -351,7 +351,9 @@ def test_ci_runs_every_test_file() -> None:
     """By the command that CI gives: a folder named dist is left out by pytest, and nothing says so."""
     (command,) = re.findall(r"^make (test-all)\b", (ROOT / ".ci" / "run").read_text(), re.M)
     # What an outer make was given is not for this one.
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES", "ARGS")
+    }
     options: dict[str, Any] = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
     dry = subprocess.run(["make", "--dry-run", command], check=True, **options).stdout
     (arguments,) = re.findall(r"^\S+/python -m pytest(.*)$", dry, re.M)
