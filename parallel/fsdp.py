@@ -112,7 +112,7 @@ def _prefetch(blocks: list[FSDPModule], ahead: int) -> None:
 def _integer_parameters(model: nn.Module) -> Iterator[None]:
     """Let `fully_shard` take codes: torch 2.11 makes each shard require gradients for a moment, which integers can't.
 
-    Newer versions say for each shard what it requires, and so get what they would have got.
+    Newer versions pass requires_grad for each shard; there this changes nothing.
     """
     if all(parameter.is_floating_point() for parameter in model.parameters()):
         yield

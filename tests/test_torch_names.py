@@ -1,7 +1,7 @@
 """The private names of torch that the engine uses, in one list: each exists in the torch that is installed here.
 
 torch promises nothing for these. A new version is tried with `make test-torch VERSION=...`; this file then says first
-what is gone. The sources are read as well, so that no private name is used that the list doesn't have.
+which names are gone. A scan of the sources fails on a private name that is missing from the list.
 """
 
 import ast
