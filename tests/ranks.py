@@ -133,19 +133,23 @@ def run_ranks(n: int, function: Callable[..., Any], *arguments: Any, timeout_s: 
 def _watch(group: Sequence[Rank], timeout_s: float, folder: Path) -> str:
     """Wait for all ranks; the text of a failure, or nothing."""
     limit_s, begin, started = START_LIMIT_S, time.monotonic(), False
-    while any(not rank.closed or rank.process.exitcode is None for rank in group):
-        busy = [rank.inbox for rank in group if not rank.closed]
-        busy += [rank.process.sentinel for rank in group if rank.process.exitcode is None]
+    while busy := _awaited(group):
+        if time.monotonic() >= begin + limit_s:
+            return _describe_hang(group, limit_s, folder)
         wait(busy, timeout=max(0.0, begin + limit_s - time.monotonic()))
         _receive(group)
         if not started and any(rank.started for rank in group):
             limit_s, begin, started = timeout_s, time.monotonic(), True
         if any(rank.error or rank.process.exitcode for rank in group):
             return _describe_failure(group, folder)
-        if time.monotonic() >= begin + limit_s:
-            return _describe_hang(group, limit_s, folder)
     missing = [rank.index for rank in group if not rank.values]
     return f"ranks {missing} exited with code 0 before they returned" if missing else ""
+
+
+def _awaited(group: Sequence[Rank]) -> list[Any]:
+    """What becomes ready when a rank speaks or ends. Asked once a round: a rank may end between two questions."""
+    awaited: list[Any] = [rank.inbox for rank in group if not rank.closed]
+    return awaited + [rank.process.sentinel for rank in group if rank.process.exitcode is None]
 
 
 def _receive(group: Sequence[Rank]) -> None:
@@ -303,6 +307,8 @@ def _in_group(index: int, n: int, folder: str, timeout_s: float, work: bytes) ->
     function, arguments = pickle.loads(work)
     value = function(*arguments)
     if dist.is_initialized():
+        # A rank that needs no peer would leave while a slow one still connects to it, and fail that one.
+        dist.barrier()
         dist.destroy_process_group()
     return value
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import RanksFailed, ranks, run_ranks
+from tests.ranks import Rank, RanksFailed, _watch, ranks, run_ranks
 from tests.runs import until
 
 
@@ -144,3 +144,27 @@ def test_pytest_fails_a_decorated_test_with_the_ranks_traceback(tmp_path: Path) 
     assert done.returncode == 1
     assert "of 2 failed" in done.stdout
     assert "assert 'seen' == 'expected'" in done.stdout
+
+
+class _EndsWhenAsked:
+    """A process that is seen alive once and has ended by the next question."""
+
+    def __init__(self) -> None:
+        self.codes = [None]
+        self.sentinel = 7
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.codes.pop() if self.codes else 0
+
+
+def test_a_rank_that_ends_between_two_questions_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait for nothing would last until the deadline, and be told as a hang."""
+    awaited: list[list[object]] = []
+    monkeypatch.setattr("tests.ranks.wait", lambda busy, timeout: awaited.append(list(busy)))
+    process = _EndsWhenAsked()
+    rank = Rank(0, process, None, values=[1], started=True, closed=True)  # type: ignore[arg-type]
+    assert _watch([rank], 20.0, tmp_path) == ""
+    assert awaited == [[process.sentinel]]
