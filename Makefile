@@ -3,7 +3,7 @@
 #
 #   make quickstart        train a small Llama on real text and show what came out
 #   make lora-quickstart   adapt it by LoRA to questions and answers, export and merge the adapter
-#   make test              every claim once              (make test ARGS="-k ranks" for some)
+#   make test              every claim once              (make test ARGS="-n0 -k ranks" for some)
 #   make test-all          all tests, the `long` ones and those of test-slurm too
 #   make test-slurm        jobs on a SLURM cluster of two nodes, started for it on this machine (Debian: slurm-wlm)
 #   make test-torch        tests with another torch      (make test-torch VERSION=2.14.1 ARGS=tests/layouts)
@@ -29,6 +29,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # fetch whatever is newest, and its CUDA packages with it.
 LOCK := .ci/constraints.txt
 TORCH := $(shell sed -n '/^torch==/p' .ci/constraints.txt)
+# Two files of tests side by side: many a test waits, and one file's tests share what they compare with.
+TWO := --numprocesses 2 --dist loadfile
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -40,10 +42,10 @@ lora-quickstart: $(VENV)/.core
 	@$(BIN)/python tools/lora_quickstart.py $(ARGS)
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -m "not slurm and not long" $(ARGS)
+	@$(BIN)/python -m pytest $(TWO) -m "not slurm and not long" $(ARGS)
 
 test-all: $(VENV)/.dev
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(TWO) $(ARGS)
 
 test-slurm: $(VENV)/.dev
 	@$(BIN)/python -m pytest tests/fault/slurm $(ARGS)

@@ -347,6 +347,7 @@ def test_everything_that_is_installed_has_one_version() -> None:
     assert "torch>=2.11,<2.15" in project["dependencies"]
 
 
+@pytest.mark.long
 def test_ci_runs_every_test_file() -> None:
     """By the command that CI gives: a folder named dist is left out by pytest, and nothing says so."""
     (command,) = re.findall(r"^make (test-all)\b", (ROOT / ".ci" / "run").read_text(), re.M)

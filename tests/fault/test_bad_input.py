@@ -204,6 +204,7 @@ def test_an_empty_corpus(workplace: Path) -> None:
     assert_works(workplace, "--data.stores.0.path", "mine")
 
 
+@pytest.mark.long
 def test_an_empty_corpus_of_a_config_ends_all_ranks(workplace: Path) -> None:
     (workplace / "nothing").mkdir()
     argv = ("--data.stores.0.path", "mine", "--data.stores.0.train_tokenizer", "300", "--data.stores.0.sources")
@@ -270,6 +271,7 @@ def test_a_tokenizer_that_is_not_the_one_the_store_was_made_with(workplace: Path
     assert_works(workplace, *sources, "store/tokenizer/tokenizer.model")
 
 
+@pytest.mark.long
 def test_a_store_whose_tokenizer_was_altered(workplace: Path) -> None:
     """As many bytes as before: the size says nothing."""
     file = workplace / "store" / "tokenizer" / "tokenizer.model"
@@ -297,6 +299,7 @@ def test_a_model_with_fewer_tokens_than_the_tokenizer(workplace: Path) -> None:
     assert_works(workplace)
 
 
+@pytest.mark.long
 def test_a_damaged_store(workplace: Path) -> None:
     shard = workplace / "store" / "train" / "tokens-00000.bin"
     good = shard.read_bytes()
@@ -334,6 +337,7 @@ def test_evaluation_of_a_store_without_heldout_documents(workplace: Path) -> Non
 # ---- the run folder
 
 
+@pytest.mark.long
 def test_a_folder_in_use_by_another_run(workplace: Path) -> None:
     with Processes(workplace, 1, "--run.steps", "1000000") as live:
         live.until((workplace / "runs" / "tiny" / "metrics.jsonl").exists)
@@ -351,6 +355,7 @@ def test_a_folder_in_use_by_another_run(workplace: Path) -> None:
     assert code == 0, output
 
 
+@pytest.mark.long
 def test_a_folder_that_can_not_be_written(workplace: Path) -> None:
     code, output = run_to_end(workplace, 2, "--run.dir", "tiny.toml")
     assert code == 1
@@ -383,6 +388,7 @@ def test_a_checkpoint_that_can_not_be_written(workplace: Path, asynchronous: str
     assert_works(workplace)
 
 
+@pytest.mark.long
 def test_metrics_that_can_not_be_written(workplace: Path) -> None:
     code, output = run_to_end(workplace, 2, limits=partial(limit_files, 5_000))
     assert code == 1

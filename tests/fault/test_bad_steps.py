@@ -106,6 +106,7 @@ def test_a_skipped_step_leaves_weights_and_moments_alone_and_is_told(spiked: Pat
     assert (logged[9]["loss"], logged[9]["grad_norm"]) == (first["loss"], first["grad_norm"])
 
 
+@pytest.mark.long
 def test_killed_among_bad_steps_the_rest_is_judged_as_if_nothing_had_been(workplace: Path, spiked: Path) -> None:
     """What a kill leaves is what was saved until then, so the moment is chosen by the checkpoints that are left."""
     run = workplace / "runs" / "resumed"
@@ -134,6 +135,7 @@ def test_too_many_in_a_row_take_the_run_back_and_on_without_their_data(workplace
     assert targets_of_steps(gone_back) == [*batches[:7], *batches[11:]]
 
 
+@pytest.mark.long
 def test_killed_after_going_back_the_same_command_ends_the_same(workplace: Path, gone_back: Path) -> None:
     """For real as soon as it has gone back, and before its next checkpoint by what is left then.
 
@@ -154,6 +156,7 @@ def test_killed_after_going_back_the_same_command_ends_the_same(workplace: Path,
     assert_same_end(early, gone_back)
 
 
+@pytest.mark.long
 def test_it_gives_up_after_going_back_as_often_as_it_may(workplace: Path) -> None:
     """Every start comes to the same end; what it may do is counted over all of them."""
     text = (
@@ -183,6 +186,7 @@ def test_without_skips_and_roll_backs_the_first_bad_step_ends_the_run(workplace:
     assert steps == ["step-00000004", "step-00000008"]
 
 
+@pytest.mark.long
 def test_a_rank_whose_copy_has_changed_is_found_before_it_is_saved(workplace: Path) -> None:
     """What the ranks of tp hold alike; tests/layouts/test_same_on_all_ranks.py has the other copies there are."""
     name = "flipped"

@@ -114,6 +114,7 @@ def test_one_training_survives_them_one_after_the_other(workplace: Path) -> None
     assert_same_end(run, workplace / "runs" / "long")
 
 
+@pytest.mark.long
 def test_bad_disks_cost_checkpoints_and_no_step(workplace: Path, whole: Path) -> None:
     """Full, read-only and slow, in one run that goes on all the same; blocking saves, so that a slow one is seen."""
     kinds = ("disk_full", "read_only_disk", "slow_disk")
@@ -137,6 +138,7 @@ def test_bad_disks_cost_checkpoints_and_no_step(workplace: Path, whole: Path) ->
     assert_same_end(run, whole)
 
 
+@pytest.mark.long
 def test_a_disk_that_stays_full_ends_the_run_with_its_last_good_checkpoint(workplace: Path, whole: Path) -> None:
     """Three saves in a row; then that of the last step, which never may fail."""
     run = workplace / "runs" / "full"
@@ -191,6 +193,7 @@ def test_a_store_that_is_cut_under_a_run_ends_it_by_name(workplace: Path, tmp_pa
     assert [fault["kind"] for fault in read_lines(tmp_path / "runs" / "tiny" / "faults.jsonl")] == ["bad_batch"]
 
 
+@pytest.mark.long
 def test_without_a_second_holder_no_flipped_bit_could_be_found(workplace: Path) -> None:
     code, output = run_to_end(workplace, 2, "--run.name", "flipped", *inject("flip_parameter", step=3))
     assert code == 2

@@ -82,6 +82,7 @@ def test_a_rank_that_hangs_outside_of_collectives_is_named_with_its_last_operati
         assert {"collective_seq_id", "profiling_name", "state"} <= set(recorded[-1])
 
 
+@pytest.mark.long
 def test_a_long_first_step_is_allowed(workplace: Path) -> None:
     """Longer than any later step may take."""
     slow = inject("straggle", rank=0, step=1, seconds=6)
@@ -91,6 +92,7 @@ def test_a_long_first_step_is_allowed(workplace: Path) -> None:
     assert faults_of(workplace / "runs" / "slow", "hang") == []
 
 
+@pytest.mark.long
 def test_a_start_that_hangs_on_a_file_has_a_deadline_too(workplace: Path) -> None:
     """A pipe that nobody writes into is read as a dead network file system is: for ever."""
     run = workplace / "runs" / "stuck"
@@ -246,6 +248,7 @@ def test_a_file_that_shrinks_under_its_mapping_is_told_by_what_it_is(tmp_path: P
     assert "Fatal Python error: Bus error" in Path(fault["file"]).read_text()
 
 
+@pytest.mark.long
 def test_ranks_without_their_torchrun_save_and_leave(workplace: Path) -> None:
     run = workplace / "runs" / "orphaned"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -151,7 +151,13 @@ def test_a_real_command_refuses_it_before_torch_is_imported(case: Case, template
         assert now.ru_utime + now.ru_stime - spent.ru_utime - spent.ru_stime < 1.0
 
 
-@pytest.mark.parametrize(("ranks", "case"), RUNS, ids=[case.name for _, case in RUNS])
+@pytest.mark.parametrize(
+    ("ranks", "case"),
+    [
+        pytest.param(ranks, case, id=case.name, marks=[pytest.mark.long] if number % 4 else [])
+        for number, (ranks, case) in enumerate(RUNS)
+    ],
+)
 def test_a_real_run_refuses_it_and_leaves_nothing_to_trust(
     ranks: int, case: Case, template: Path, tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ def snapshot_of(run: Path, rank: int) -> dict[str, Any]:
     return json.loads((run / "memory" / f"rank-{rank:05d}.json").read_text())
 
 
+@pytest.mark.long
 def test_one_rank_of_two_asks_for_what_no_machine_has(workplace: Path) -> None:
     # Its turn to speak comes later than the other rank's silence is a hang: it is none.
     fault = ("--fault.inject.kind", "out_of_memory", "--fault.inject.rank", "1", "--fault.inject.step", "12",

@@ -111,6 +111,7 @@ def test_every_rank_names_the_missing_ones_and_rank_0_records_it(agent: TCPStore
     assert [rank.recorded for rank in ranks] == [[text], [], []]
 
 
+@pytest.mark.long
 def test_a_rank_whose_time_runs_out_before_that_of_rank_0_leaves_the_record_to_it(agent: TCPStore) -> None:
     """Ranks of a cluster don't start at one moment, and each has its own time."""
     first, early = Rank(launch(0, agent.port, 3), 6), Rank(launch(1, agent.port, 3), 2)

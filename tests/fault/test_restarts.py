@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from engine.fault.record import read_lines
 from tests.fault.test_run_kill import assert_same_end
 from tests.runs import SCRIPT, run_to_end
@@ -38,6 +40,7 @@ def test_torchrun_goes_on_by_itself(workplace: Path) -> None:
     assert_same_end(run, workplace / "runs" / "whole")
 
 
+@pytest.mark.long
 def test_a_crash_loop_ends(workplace: Path) -> None:
     """A fault of the program comes again at the same step, before anything newer is saved."""
     loop = ("--run.name", "loop", *strikes("exception", 0, 7, "--fault.inject.repeat", "true"), *SYNC)

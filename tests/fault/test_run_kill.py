@@ -77,6 +77,7 @@ def test_killed_at_any_moment_the_same_command_continues_bit_for_bit(workplace: 
     assert_same_end(run, whole)
 
 
+@pytest.mark.long
 def test_torchrun_and_all_its_ranks_killed(workplace: Path, whole: Path) -> None:
     """The whole process group at once, as when a node goes down; started as a user would."""
     run = workplace / "runs" / "torchrun"
@@ -103,6 +104,7 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_quietly_and_the_same_command_continues(workplace: Path, whole: Path) -> None:
     """Once in a step, and once in the middle of a save, where DCP catches everything."""
     run = workplace / "runs" / "interrupted"

@@ -260,6 +260,7 @@ def test_an_error_that_carries_a_secret_is_told_without_it(workplace: Path) -> N
     assert [str(path) for path in files_below(run) if re.search(said.encode(), path.read_bytes())] == []
 
 
+@pytest.mark.long
 def test_a_job_of_the_local_executor_keeps_the_secret_too(workplace: Path) -> None:
     """Asked for by --export, it is in the environment of submitit's process and of every rank."""
     arguments = ["tiny.toml", "--nodes", "1", "--gpus-per-node", "2", "--local", "--time", "5", "--export", "HF_TOKEN"]

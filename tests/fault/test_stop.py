@@ -11,6 +11,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from engine.checkpoint.manifest import list_steps
 from engine.fault.record import read_lines
 from tests.fault.test_run_kill import SLOW, children_of, stop_while_saving
@@ -86,6 +88,7 @@ def test_the_stop_file_stops_once(workplace: Path, whole: Path) -> None:
         start.until(lambda: last_step(run) > stopped_at)
 
 
+@pytest.mark.long
 def test_the_time_limit_stops_too(workplace: Path) -> None:
     run = workplace / "runs" / "limit"
     command = (
@@ -131,6 +134,7 @@ def test_one_process_stops_too(workplace: Path) -> None:
         assert_saved_where_it_stopped(run, start.output(), "SIGTERM")
 
 
+@pytest.mark.long
 def test_torchrun_is_told_to_end(workplace: Path, whole: Path) -> None:
     """torchrun hands SIGTERM on, waits for its ranks, and fails by itself; the ranks have saved by then."""
     run = workplace / "runs" / "torchrun"

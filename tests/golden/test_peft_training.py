@@ -103,7 +103,9 @@ def _adamw(trained: dict[str, torch.nn.Parameter], config: Config) -> torch.opti
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[] if form in ("lora", "dora") else [pytest.mark.long]) for form in FORMS]
+)
 def test_five_steps_equal_a_plain_loop_around_peft(form: str) -> None:
     ours, theirs = FORMS[form]
     expected = peft_loop(a_config(ours), theirs)

@@ -96,14 +96,18 @@ def config_for(method: str, layout: Layout) -> Config:
 
 
 ONCE = {
-    "LoRA": ("tp4 sharded none", "dp_shard2 tp2 replicated full", "dp_shard2 pp2 sharded selective"),
-    "QLoRA": ("tp4 sharded full", "dp_shard2 pp2 replicated none"),
+    "LoRA": (
+        *(f"{axis}2 sharded none" for axis in ("dp_replicate", "dp_shard", "cp", "tp", "pp")),
+        *("dp_shard2 replicated none", "pp2 replicated none"),
+        *("dp_shard2 tp2 replicated full", "dp_shard2 pp2 sharded selective"),
+    ),
+    "QLoRA": ("dp_shard2 sharded full", "tp2 sharded none", "pp2 sharded none", "dp_shard2 pp2 replicated none"),
 }
-"""Of those on more than two ranks, what no other shows."""
+"""What no other shows."""
 
 
 def is_long(method: str, n: int, layout: Layout) -> bool:
-    return n > 2 and name_of(layout) not in ONCE[method]
+    return n > 1 and name_of(layout) not in ONCE[method]
 
 
 @functools.cache

@@ -70,8 +70,9 @@ def named(mode: str, parallel: dict[str, Any], backend: str, *marks: pytest.Mark
 @pytest.mark.parametrize(
     ("mode", "parallel", "backend"),
     [
-        *(named(mode, parallel, GRAPHS) for mode, parallel in LAYOUTS),
-        named("none", {"dp_shard": 2}, KERNELS),
+        *(named(mode, parallel, GRAPHS) for mode, parallel in (LAYOUTS[0], *LAYOUTS[2:4])),
+        *(named(mode, parallel, GRAPHS, pytest.mark.long) for mode, parallel in (LAYOUTS[1], LAYOUTS[4])),
+        named("none", {"dp_shard": 2}, KERNELS, pytest.mark.long),
         # Kernels under tp are test_tensor.py's and test_lora_compile.py's.
         *(named(mode, parallel, KERNELS, pytest.mark.long) for mode, parallel in LAYOUTS[3:]),
     ],

@@ -204,7 +204,9 @@ def compile_here(n: int, backend: Backend, documented: bool) -> list[tuple[float
     return found
 
 
-@pytest.mark.parametrize(("backend", "documented"), [("sdpa", False), ("blocked", True)])
+@pytest.mark.parametrize(
+    ("backend", "documented"), [pytest.param("sdpa", False, marks=pytest.mark.long), ("blocked", True)]
+)
 def test_blocks_compile_to_one_graph(backend: Backend, documented: bool) -> None:
     if torch.__version__ < CONTEXT_COMPILES_FROM:  # as versions; refused, see tests/unit/engine/test_compiler.py
         return

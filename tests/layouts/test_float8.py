@@ -49,11 +49,11 @@ def test_float8_trains_near_bf16_under_the_same_names(kind: str, backend: str) -
     configs = {
         "bf16": a_config("none"),
         "eager": a_config(kind),
-        "selective": a_config(kind, "selective"),
         "full": a_config(kind, "full"),
-        "compiled": a_config(kind, compiled=True),
         "compiled selective": a_config(kind, "selective", compiled=True),
     }
+    if kind == "rowwise":
+        configs |= {"selective": a_config(kind, "selective"), "compiled": a_config(kind, compiled=True)}
     found = trained(configs, backend)
     low, high = found["eager"], found["bf16"]
     assert low.grads.keys() == high.grads.keys() and low.weights.keys() == high.weights.keys()
@@ -62,9 +62,9 @@ def test_float8_trains_near_bf16_under_the_same_names(kind: str, backend: str) -
     for name, grad in low.grads.items():
         # Three bits of mantissa round by up to 1/16; two blocks of seven products add up to more.
         assert (grad - high.grads[name]).norm() < 0.3 * high.grads[name].norm(), name
-    for mode in ("selective", "full"):
+    for mode in {"selective", "full"} & found.keys():
         assert (found[mode].losses, found[mode].norms) == (low.losses, low.norms), "what is computed twice is the same"
-    for name in ("compiled", "compiled selective"):
+    for name in {"compiled", "compiled selective"} & found.keys():
         assert found[name].losses == pytest.approx(low.losses, rel=3e-4)
         assert found[name].norms == pytest.approx(low.norms, rel=1e-2)
 

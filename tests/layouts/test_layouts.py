@@ -60,7 +60,18 @@ TRIPLES = [
 ]
 
 
-@pytest.mark.parametrize("parallel", named(ALONE + PAIRS, long=[{"dp_replicate": 4}, {"dp_shard": 4}, {"tp": 4}]))
+MEETING = [
+    dict.fromkeys(pair, 2) for pair in (("dp_replicate", "dp_shard"), ("dp_shard", "tp"), ("cp", "tp"), ("cp", "pp"))
+]
+"""Pairs that show what others repeat, beside a triple of each kind below."""
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    named(
+        ALONE + PAIRS, long=[one for one in ALONE + PAIRS if 4 in one.values() or (len(one) > 1 and one not in MEETING)]
+    ),
+)
 def test_a_layout_equals_one_process(parallel: dict[str, Any]) -> None:
     found = train_on(ranks_of(parallel), config_for(parallel, tied=False, data={"micro_batch_size": 3}))
     assert_same(found, one_process(documents=False, tied=False, layers=layers_for(parallel)), 1e-10)
@@ -70,7 +81,7 @@ def test_a_layout_equals_one_process(parallel: dict[str, Any]) -> None:
     "parallel",
     named(
         [one for one in ALONE if 2 in one.values()] + TRIPLES,
-        long=[{"dp_replicate": 2}, {"dp_shard": 2}, {"tp": 2}, TRIPLES[1], TRIPLES[2]],
+        long=[{"dp_replicate": 2}, {"dp_shard": 2}, {"tp": 2}, {"pp": 2}, *TRIPLES[1:]],
     ),
 )
 def test_documents_with_unequal_targets_stay_what_they_are(parallel: dict[str, Any]) -> None:
@@ -112,7 +123,9 @@ def test_unsharded_accumulation_changes_nothing(parallel: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(("compute", "bound"), [pytest.param("fp32", 1e-4, marks=pytest.mark.long), ("bf16", 5e-2)])
-@pytest.mark.parametrize("parallel", named([{axis: 2} for axis in AXES]))
+@pytest.mark.parametrize(
+    "parallel", named([{axis: 2} for axis in AXES], long=[{"dp_replicate": 2}, {"dp_shard": 2}, {"pp": 2}])
+)
 def test_lower_precision_stays_near_one_process(parallel: dict[str, Any], compute: str, bound: float) -> None:
     """Losses and norms only: in bf16 single gradients differ by what bf16 rounds."""
     found = train_on(2, config_for(parallel, False, compute, data={"micro_batch_size": 3}))

@@ -44,7 +44,8 @@ def a_config(adapter: dict[str, Any], mode: str, compiled: bool, **parallel: Any
     )
 
 
-@pytest.mark.parametrize("backend", [GRAPHS, pytest.param(KERNELS, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("backend", [GRAPHS, KERNELS])
 def test_compiled_blocks_train_the_eager_run_by_one_graph(backend: str) -> None:
     adapter = {"dropout": 0.2, "quantization": "nf4"}
     eager = train_on(2, a_config(adapter, "none", False, tp=2))

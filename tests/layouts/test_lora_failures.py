@@ -182,7 +182,7 @@ def replicas_after_steps(config: Config) -> dict[str, tuple[tuple[int, ...], Ten
     return found
 
 
-@pytest.mark.parametrize("base", ["sharded", "replicated"])
+@pytest.mark.parametrize("base", ["sharded", pytest.param("replicated", marks=pytest.mark.long)])
 def test_copies_of_a_factor_are_the_same_bits_after_training(base: str) -> None:
     """In bf16, where ranks that forgot to add up their gradients, or added them up in another order, would show."""
     more = {"dora": True} if base == "sharded" else {"targets": ["all-linear", "embed_tokens"]}
@@ -207,7 +207,10 @@ def test_copies_of_a_factor_are_the_same_bits_after_training(base: str) -> None:
 
 @pytest.mark.parametrize(
     ("model", "adapter"),
-    [({"num_layers": 2}, {"dropout": 0.5, "dora": True}), (WIDE, {"quantization": "nf4"})],
+    [
+        pytest.param({"num_layers": 2}, {"dropout": 0.5, "dora": True}, marks=pytest.mark.long),
+        (WIDE, {"quantization": "nf4"}),
+    ],
     ids=str,
 )
 def test_a_step_without_targets_leaves_the_adapter_as_it_was(model: dict[str, Any], adapter: dict[str, Any]) -> None:

@@ -252,7 +252,9 @@ FOUR_RANKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("n", "layouts"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["2 ranks", "4 ranks"])
+@pytest.mark.parametrize(
+    ("n", "layouts"), [(2, TWO_RANKS), pytest.param(4, FOUR_RANKS, marks=pytest.mark.long)], ids=["2 ranks", "4 ranks"]
+)
 def test_each_member_is_its_single_run_on_any_layout(
     n: int, layouts: dict[str, tuple[str, dict[str, Any], dict[str, Any]]], truths: dict[str, dict[str, Member]]
 ) -> None:
@@ -272,6 +274,7 @@ def test_each_member_is_its_single_run_on_any_layout(
         assert_each_as_alone(found[name], truths[layouts[name][0]], name)
 
 
+@pytest.mark.long
 def test_compiled_blocks_and_a_compiled_loss_give_the_same() -> None:
     config = together({"targets": ["q_proj", "down_proj", "lm_head"], "overrides": []}, model={"num_layers": 1})
     compiled = replace(config, compile=replace(config.compile, blocks=True, loss=True))

@@ -194,7 +194,9 @@ def training_config(kind: str, format: str, parallel: dict[str, Any]) -> Config:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("n", "parallel"), [(2, {}), (4, {"dp_replicate": 2})], ids=["2", "hsdp 2x2"])
+@pytest.mark.parametrize(
+    ("n", "parallel"), [pytest.param(2, {}, marks=pytest.mark.long), (4, {"dp_replicate": 2})], ids=["2", "hsdp 2x2"]
+)
 def test_a_training_on_shards_equals_one_process(kind: str, n: int, parallel: dict[str, Any]) -> None:
     """Newton-Schulz takes the last digit of a gradient up by about 500 (3.44 ** 5): under Muon 1e-13, not 1e-15."""
     assert_same_training(train_on(n, training_config(kind, "fp64", parallel)), one_process(kind, "fp64"), 1e-10)

@@ -39,7 +39,7 @@ def one_process(layers: int, tied: bool) -> Trained:
     return train_on(1, a_config(0, layers, tied), documents=True)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("schedule", [*ONE, *LOOPED, *V])
 def test_every_schedule_over_shards_equals_one_process(schedule: str, tied: bool) -> None:
     if tied and schedule in V:
@@ -61,7 +61,13 @@ CASES: dict[str, tuple[int, int, int, bool, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+REPEATED = ("four-ranks-in-a-v", "uneven-layers", "unsharded", "kept-gathered")
+"""Cases whose parts others show."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.long] if case in REPEATED else []) for case in CASES]
+)
 def test_a_pipeline_equals_one_process(case: str) -> None:
     ranks, layers, size, tied, parallel = CASES[case]
     found = train_on(ranks, a_config(size, layers, tied, **parallel), documents=True)

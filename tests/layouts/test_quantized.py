@@ -173,7 +173,14 @@ def train_traced(kind: str, compute: str, recomputed: bool) -> tuple[dict[str, T
     return gradients(model), max(kept), graphs["unique_graphs"]
 
 
-@pytest.mark.parametrize(("kind", "recomputed"), [("nf4", False), ("nf4", True), ("float8", False)])
+@pytest.mark.parametrize(
+    ("kind", "recomputed"),
+    [
+        pytest.param("nf4", False, marks=pytest.mark.long),
+        ("nf4", True),
+        pytest.param("float8", False, marks=pytest.mark.long),
+    ],
+)
 def test_one_graph_serves_all_layers_and_keeps_nothing_of_a_weight(kind: str, recomputed: bool) -> None:
     _, grads = dense_truth(kind, "fp64")
     ((found, kept, graphs),) = run_ranks(1, train_traced, kind, "fp64", recomputed)

@@ -146,7 +146,7 @@ def assert_same_bits(found: Trained, truth: Trained) -> None:
 
 
 @pytest.mark.parametrize(("mode", "every_blocks"), [("full", 1), ("full", 2), ("selective", 1), ("selective", 3)])
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_recompute_trains_the_same_bits(n: int, mode: str, every_blocks: int) -> None:
     assert_same_bits(trained(n, mode, every_blocks), trained(n, "none"))
 
@@ -155,8 +155,8 @@ def test_recompute_trains_the_same_bits(n: int, mode: str, every_blocks: int) ->
     "parallel",
     [
         {"prefetch_blocks": 2},
-        {"prefetch_blocks": 9},
-        {"cpu_offload": True},
+        pytest.param({"prefetch_blocks": 9}, marks=pytest.mark.long),
+        pytest.param({"cpu_offload": True}, marks=pytest.mark.long),
         {"cpu_offload": True, "prefetch_blocks": 1, "accumulate": "unsharded"},
     ],
     ids=["prefetch 2", "prefetch more than there are", "offload", "offload, prefetch, unsharded"],

@@ -122,12 +122,12 @@ def half(workplace: Path, whole: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize(
     ("n", "other"),
     [
-        (1, ()),
+        pytest.param(1, (), marks=pytest.mark.long),
         pytest.param(2, ("--data.micro_batch_size", "1"), marks=pytest.mark.long),
         pytest.param(4, (), marks=pytest.mark.long),
-        (4, ("--parallel.dp_replicate", "2", "--data.micro_batch_size", "1")),
+        pytest.param(4, ("--parallel.dp_replicate", "2", "--data.micro_batch_size", "1"), marks=pytest.mark.long),
         pytest.param(2, ("--parallel.tp", "2"), marks=pytest.mark.long),
-        (2, ("--parallel.cp", "2")),
+        pytest.param(2, ("--parallel.cp", "2"), marks=pytest.mark.long),
         pytest.param(2, ("--parallel.pp", "2"), marks=pytest.mark.long),
         (4, ("--parallel.tp", "2", "--parallel.pp", "2", "--parallel.schedule", "GPipe")),
     ],
@@ -157,8 +157,8 @@ def test_another_layout_continues_with_the_same_state_and_the_same_tokens(
 
 SAVED_ON = [
     (4, ("--parallel.dp_shard", "2", "--parallel.tp", "2"), (3, ())),
-    (2, ("--parallel.pp", "2"), (2, ("--parallel.tp", "2"))),
-    (4, ("--parallel.cp", "2", "--parallel.pp", "2"), (1, ())),
+    pytest.param(2, ("--parallel.pp", "2"), (2, ("--parallel.tp", "2")), marks=pytest.mark.long),
+    pytest.param(4, ("--parallel.cp", "2", "--parallel.pp", "2"), (1, ()), marks=pytest.mark.long),
 ]
 
 

@@ -39,10 +39,10 @@ def one_process(kv_heads: int, tied: bool, documents: bool) -> Trained:
     ("n", "parallel", "kv_heads", "tied", "documents"),
     [
         (2, {"tp": 2}, 1, True, True),
-        (4, {"tp": 4}, 4, False, False),
+        pytest.param(4, {"tp": 4}, 4, False, False, marks=pytest.mark.long),
         (4, {"tp": 4}, 1, True, True),
         pytest.param(4, {"tp": 2, "dp_shard": 2}, 1, True, True, marks=pytest.mark.long),
-        (4, {"tp": 2, "dp_shard": 2, "accumulate": "unsharded"}, 2, False, True),
+        pytest.param(*(4, {"tp": 2, "dp_shard": 2, "accumulate": "unsharded"}, 2, False, True), marks=pytest.mark.long),
     ],
 )
 def test_split_matrices_train_the_same_run(

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
@@ -66,6 +67,7 @@ def save_or_load(config: Config, folder: Path, save: bool) -> dict[str, torch.Te
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in tensors.items()}
 
 
+@pytest.mark.long
 @settings(max_examples=6, deadline=None)
 @given(st.sampled_from(sorted(DEGREES)), st.sampled_from(sorted(DEGREES)), st.booleans())
 def test_saved_on_one_layout_is_loaded_on_another(before: str, after: str, tied: bool) -> None:

@@ -130,7 +130,14 @@ def busy(folder: Path, tmp_path: Path) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.long),
+    ],
+)
 def test_an_interrupted_preparation_leaves_nothing_to_trust(
     busy: subprocess.Popen[str], tmp_path: Path, sent: signal.Signals, code: int
 ) -> None:

@@ -28,6 +28,7 @@ def faults(mode: str) -> tuple[bool, int]:
     return kept == "1", int(count)
 
 
+@pytest.mark.long
 def test_freed_blocks_cost_no_page_faults_when_they_are_kept() -> None:
     kept, with_keeping = faults("keep")
     if not kept:

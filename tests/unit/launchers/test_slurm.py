@@ -322,7 +322,7 @@ def _run_locally(config: str, script: str, options: list[str]) -> int:
     return slurm.run_locally(slurm.prepare(parsed, overrides, Path("rank.py")), parsed)
 
 
-@pytest.mark.parametrize("tasks_per", ["node", "gpu"])
+@pytest.mark.parametrize("tasks_per", ["node", pytest.param("gpu", marks=pytest.mark.long)])
 def test_two_ranks_meet_in_a_local_job(config: str, capsys: pytest.CaptureFixture[str], tasks_per: str) -> None:
     options = ["--gpus-per-node", "2", "--tasks-per", tasks_per, "--run.steps", "3"]
     assert _run_locally(config, RANK, options) == 0
@@ -398,6 +398,7 @@ def test_help_names_every_option() -> None:
         assert option in done.stdout
 
 
+@pytest.mark.long
 def test_debug_trains_on_two_ranks_in_a_local_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["debug", "--nodes", "1", "--gpus-per-node", "2", "--local", "--run.device", "cpu"]
     arguments += ["--run.dir", str(tmp_path), "--run.steps", "4", "--checkpoint.every_steps", "2"]

@@ -16,6 +16,7 @@ TINY = ["--model.vocab_size", "97", "--model.dim", "32", "--model.num_layers", "
         "--metrics.peak_tflops", "1", "--run.threads", "1", "--run.device", "cpu"]  # fmt: skip
 
 
+@pytest.mark.long
 def test_both_sides_train_the_same_model_and_the_last_line_is_the_ratio(tmp_path: Path) -> None:
     command = [sys.executable, "tools/bench.py", "configs/bench.toml", *TINY, "--rounds", "2", "--steps", "2"]
     done = subprocess.run(
@@ -56,6 +57,7 @@ def test_lora_here_and_in_peft_do_the_same_work(tmp_path: Path) -> None:
     assert figures["ratio"] == ours["tokens_per_s"] / theirs["tokens_per_s"]
 
 
+@pytest.mark.long
 def test_what_peft_would_not_do_is_not_compared() -> None:
     command = [sys.executable, "tools/bench.py", "lora", "configs/bench.toml", *TINY]
     done = subprocess.run(

@@ -36,6 +36,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.long
 def test_it_shows_what_the_run_measured_and_reuses_what_is_there(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,6 +44,7 @@ def test_it_prints_what_it_promises_and_reuses_what_is_there(tmp_path: Path) -> 
     assert re.findall(r"after training.*", again) == re.findall(r"after training.*", first)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize(("signum", "again"), [(signal.SIGINT, False), (signal.SIGHUP, True)])
 def test_interrupted_it_saves_and_leaves_no_rank_behind(signum: int, again: bool, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ while True:
         try:
             while seen.read().step == 0:
                 assert writer.poll() is None
-            beats = [seen.read() for _ in range(20_000)]
+            beats = [seen.read() for _ in range(4_000)]
             until(lambda: [beats.append(seen.read()), beats[-1].step != beats[0].step][1])
         finally:
             writer.kill()

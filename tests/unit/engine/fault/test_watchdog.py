@@ -133,7 +133,7 @@ def test_the_nodes_judge_together(tmp_path: Path) -> None:
     assert found == {"node-00000.json", "node-00001.json", "rank-00000.txt", "rank-00001.txt", "verdict.json"}
 
 
-@pytest.mark.parametrize("with_watchdog", [True, False])
+@pytest.mark.parametrize("with_watchdog", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_job_that_was_suspended_is_no_silent_one(tmp_path: Path, with_watchdog: bool) -> None:
     """All ranks stood still for longer than any may be silent, and the watchdog with them or not."""
     ranks = [Rank(0, 5, 3), Rank(1, 5, 3)]
