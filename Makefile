@@ -29,8 +29,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # fetch whatever is newest, and its CUDA packages with it.
 LOCK := .ci/constraints.txt
 TORCH := $(shell sed -n '/^torch==/p' .ci/constraints.txt)
-# Two files of tests side by side: many a test waits, and one file's tests share what they compare with.
-TWO := --numprocesses 2 --dist loadfile
+# Two files of tests side by side: many a test waits, and one file's tests share what they compare with. In their own
+# order, which has the longest ones early.
+TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile

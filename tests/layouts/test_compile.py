@@ -13,8 +13,8 @@ from torch import Tensor
 
 from configs.check import resolve
 from configs.errors import ConfigError
-from configs.schema import CompileConfig, Config, RecomputeConfig
-from engine.compiler import check_compiled_context, check_compiler
+from configs.schema import Config, RecomputeConfig
+from engine.compiler import check_compiled_context
 from engine.pipelined import check_schedule
 from models.llama import Llama
 from parallel.recompute import recompute
@@ -31,13 +31,7 @@ from tests.training import (
     train_on,
 )
 
-
-@pytest.fixture(autouse=True)
-def compiler() -> None:
-    try:
-        check_compiler(CompileConfig(blocks=True), torch.device("cpu"))
-    except ConfigError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def a_config(mode: str, compiled: bool, **parallel: Any) -> Config:

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from configs.check import resolve
-from configs.errors import ConfigError
-from configs.schema import CompileConfig, Config
-from engine.compiler import check_compiler
+from configs.schema import Config
 from models.adapters import attach
 from models.adapters.lora import SITE, kept, site_numbers
 from models.linear import Linear, Marks
@@ -23,12 +21,7 @@ WIDE = {"num_layers": 3, "dim": 64, "num_heads": 4, "head_dim": 32, "ffn_dim": 1
 LORA = {"kind": "lora", "rank": 4}
 
 
-@pytest.fixture(autouse=True)
-def compiler() -> None:
-    try:
-        check_compiler(CompileConfig(blocks=True), torch.device("cpu"))
-    except ConfigError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def a_config(adapter: dict[str, Any], mode: str, compiled: bool, **parallel: Any) -> Config:
