@@ -11,10 +11,12 @@
 #   make test-newest       tests with the newest ones
 #   make check             format, lint, types, imports  (make fix repairs what can be repaired)
 #   make rehearse          a small training under 30 faults and 50 kills (make rehearse ARGS="--ranks 4 --faults 10")
+#   make lock              write .ci/constraints.txt anew from the newest versions that pyproject.toml admits
 #   make bench             tokens/s here and in transformers   (make bench ARGS=lora: LoRA here and in PEFT)
 #   make clean             remove .venv and caches; runs and data stay
 
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help quickstart lora-quickstart test test-all test-slurm test-torch test-lowest test-newest check fix lock \
 	rehearse bench clean
@@ -64,7 +66,8 @@ test-lowest:
 	@$(MAKE) --no-print-directory test VENV=.venv-lowest LOCK=.venv-lowest/.lowest \
 		TORCH="$$(sed -n '/^torch==/p' .venv-lowest/.lowest)"
 
-test-newest:
+test-newest: # made anew, as nothing tells that there is something newer
+	@rm -rf .venv-newest
 	@$(MAKE) --no-print-directory test VENV=.venv-newest LOCK=/dev/null \
 		TORCH='$(shell sed -nE 's/^ *"(torch>=[^"]*)",/\1/p' pyproject.toml)'
 
@@ -111,10 +114,11 @@ $(VENV)/.made:
 	@$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# What was installed under another lock is installed again. torch is left out of the constraints: it is there by then.
+# What was installed under another lock is installed again. Of the constraints, torch's is the version asked for: were it
+# outside of the declared range, pip would otherwise put another in its place.
 $(VENV)/.torch: $(VENV)/.made $(LOCK)
 	@echo "installing $(TORCH)"
-	@sed '/^torch==/d' $(LOCK) > $(VENV)/constraints.txt
+	@{ sed '/^torch==/d' $(LOCK) && echo '$(TORCH)'; } > $(VENV)/constraints.txt
 	@$(PIP) install -c $(VENV)/constraints.txt '$(TORCH)'
 	@touch $@
 

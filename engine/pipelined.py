@@ -57,6 +57,7 @@ class StageModule(nn.Module):
         self.batch: Batch | None = None
         self.num_tokens: Tensor | None = None
         self.loss_sums: list[Tensor] = []
+        self.loss_sum: Tensor | None = None
 
     def begin(self, batch: Batch | None, num_tokens: Tensor | None) -> None:
         """Start a step, or an evaluation's batch, which has no count to divide by."""
@@ -77,7 +78,10 @@ class StageModule(nn.Module):
             return out
         loss_sum = self.head_loss(self.model, out, batch.targets, marks)
         self.loss_sums.append(loss_sum.detach())
-        return loss_sum if self.num_tokens is None else (loss_sum / self.num_tokens.clamp(min=1)).sum()
+        if self.num_tokens is None:
+            return loss_sum
+        self.loss_sum = loss_sum
+        return (loss_sum / self.num_tokens.clamp(min=1)).sum()
 
 
 class Stage(PipelineStage):
@@ -88,6 +92,7 @@ class Stage(PipelineStage):
         super().__init__(module, **arguments)
         self._module, self._accumulate, self._apart = module, accumulate, apart
         self.microbatches: Sequence[Batch] = ()
+        self._losses: dict[int, Tensor | None] = {}
         self._reduced = 0
 
     def begin(self, microbatches: Sequence[Batch], num_tokens: Tensor) -> None:
@@ -98,7 +103,23 @@ class Stage(PipelineStage):
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Run a microbatch forward."""
         self._module.batch = self.microbatches[fwd_chunk_id]
-        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        out = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        # The weight pass begins at the loss's node; torch 2.11 frees a node of Python's after the input pass.
+        self._losses[fwd_chunk_id], self._module.loss_sum = self._module.loss_sum, None
+        return out
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        """Run a microbatch backward, whole or to its inputs only."""
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if full_backward:
+            self._losses.pop(bwd_chunk_id, None)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """Compute a microbatch's weight gradients and free its graph."""
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        self._losses.pop(bwd_chunk_id, None)
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         """Leave out messages to oneself, where a V turns: torch 2.11 sends them, gloo can't."""
@@ -262,8 +283,8 @@ def check_schedule(config: Config) -> None:
     if not gives_each_result_its_gradient():
         given = parallel.schedule_csv or parallel.schedule
         expected = f"can't run {asked} under torch {torch.__version__}"
-        why = "its weight pass is wrong for functions that have a backward of their own; torch 2.12 has it mended"
-        do = "Install torch 2.12 or newer, or use the schedule 1F1B or Interleaved1F1B."
+        why = "its weight pass is wrong for functions that have a backward of their own; torch 2.13 has it mended"
+        do = "Install torch 2.13 or newer, or use the schedule 1F1B or Interleaved1F1B."
         raise ConfigError(problem("parallel.schedule", given, expected, why, do))
 
 

@@ -10,6 +10,7 @@ are shown. A rank that dies after its last line fails too. What a rank prints is
 GPUs, and no place for anything that a test would assert.
 """
 
+import ctypes
 import datetime
 import faulthandler
 import functools
@@ -62,6 +63,8 @@ ANSWER_S = 3.0
 """For the ranks to write down their collectives, which one that holds the GIL never does."""
 NATIVE_LIMIT_S = 60.0
 """For reading the native stacks of a rank, symbols included."""
+PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, 2**64 - 1
+"""Of linux/prctl.h; without Yama the call fails and nothing is needed."""
 LAST_COLLECTIVES = 4
 """Of each rank that hangs, shown beside those that are not done."""
 
@@ -142,6 +145,8 @@ def _watch(group: Sequence[Rank], timeout_s: float, folder: Path) -> str:
             limit_s, begin, started = timeout_s, time.monotonic(), True
         if any(rank.error or rank.process.exitcode for rank in group):
             return _describe_failure(group, folder)
+    if any(rank.process.exitcode for rank in group):
+        return _describe_failure(group, folder)
     missing = [rank.index for rank in group if not rank.values]
     return f"ranks {missing} exited with code 0 before they returned" if missing else ""
 
@@ -172,8 +177,8 @@ def _describe_failure(group: Sequence[Rank], folder: Path) -> str:
     """The rank that failed first, in full; of the others, which came after it, one line each."""
     first = [rank for rank in group if rank.error or rank.process.exitcode]
     end = time.monotonic() + GRACE_S
-    while time.monotonic() < end and any(rank.process.exitcode is None for rank in group):
-        wait([rank.process.sentinel for rank in group if rank.process.exitcode is None], end - time.monotonic())
+    while (busy := _awaited(group)) and time.monotonic() < end:
+        wait(busy, max(0.0, end - time.monotonic()))
         _receive(group)
     failed = [rank for rank in group if rank.error or rank.process.exitcode]
     # A peer's death reaches the others as "connection closed": who died without a word is the cause, whenever noticed.
@@ -274,6 +279,7 @@ def _rank_main(index: int, n: int, folder: str, timeout_s: float, work: bytes, o
     answer = threading.Timer(timeout_s + 0.2, _write_collectives, (f"{folder}/collectives-{index}",))
     answer.daemon = True
     answer.start()
+    _let_others_read_stacks()
     # No one kills the ranks of a test run that was itself killed; the default action of SIGALRM ends them.
     signal.setitimer(signal.ITIMER_REAL, timeout_s + 30 + n * NATIVE_LIMIT_S)
     outbox.send_bytes(pickle.dumps(("started", None)))
@@ -284,6 +290,12 @@ def _rank_main(index: int, n: int, folder: str, timeout_s: float, work: bytes, o
         outbox.send_bytes(pickle.dumps(("error", _format(error))))
         os._exit(1)  # an orderly exit would wait for peers that will be killed anyway
     outbox.close()
+
+
+def _let_others_read_stacks() -> None:
+    """Let py-spy, which is no ancestor of this process, attach where Linux would refuse it (Yama's ptrace_scope 1)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(PR_SET_PTRACER_ANY), 0, 0, 0)
 
 
 def _write_collectives(path: str) -> None:
@@ -302,7 +314,7 @@ def _in_group(index: int, n: int, folder: str, timeout_s: float, work: bytes) ->
     torch.set_num_threads(1)
     torch.manual_seed(0)
     # Past our deadline, so that a hang shows stacks and not gloo's time-out.
-    limit = datetime.timedelta(seconds=timeout_s + 60)
+    limit = datetime.timedelta(seconds=timeout_s + 30 + n * NATIVE_LIMIT_S)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=n, timeout=limit)
     function, arguments = pickle.loads(work)
     value = function(*arguments)

@@ -34,6 +34,7 @@ from configs.errors import INTERRUPTED, ConfigError, RunError
 from configs.load import load_config
 from configs.schema import Config
 from launchers.env import usable_cores
+from parallel.float8 import check_float8
 from tools import bench_layouts, bench_lora, bench_members
 from tools.turns import OURS, Ours, add_turns, measure, print_report, report, train_plainly
 
@@ -92,6 +93,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError("--rounds and --steps: at least 1 each.")
         config = resolve(load_config(Path(arguments.config), overrides), world_size=1)
         device = "cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu"
+        check_float8(config, torch.device(device))
         threads = config.run.threads or usable_cores()
         sides = {OURS: Ours, arguments.theirs: partial(Theirs, mode=arguments.theirs)}
         found = measure(config, device, threads, sides, arguments.tuned, arguments.rounds, arguments.steps)

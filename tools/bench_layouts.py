@@ -28,6 +28,7 @@ from configs.errors import INTERRUPTED, RunError
 from configs.load import load_config
 from configs.schema import Config
 from launchers.allocator import huge_pages_for_children, keep_freed_memory
+from parallel.float8 import check_float8
 
 LAYOUTS = ("dp_shard=2", "dp_replicate=2", "cp=2", "tp=2", "pp=2", "dp_shard=4", "dp_shard=2,tp=2", "dp_shard=2,pp=2")
 WARMUP_STEPS = 2
@@ -207,6 +208,7 @@ def main(argv: Sequence[str]) -> int:
             words, ranks = read_layout(name) if name != "1 process" else ([], 1)
             configs[name] = (resolve(load_config(Path(arguments.config), [*overrides, *words]), ranks), ranks)
         device = "cuda" if configs["1 process"][0].run.device != "cpu" and torch.cuda.is_available() else "cpu"
+        check_float8(configs["1 process"][0], torch.device(device))
         threads = configs["1 process"][0].run.threads or 1
         with tempfile.TemporaryDirectory() as folder:
             one = start("1 process", *configs.pop("1 process"), device, folder)

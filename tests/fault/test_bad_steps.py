@@ -156,7 +156,6 @@ def test_killed_after_going_back_the_same_command_ends_the_same(workplace: Path,
     assert_same_end(early, gone_back)
 
 
-@pytest.mark.long
 def test_it_gives_up_after_going_back_as_often_as_it_may(workplace: Path) -> None:
     """Every start comes to the same end; what it may do is counted over all of them."""
     text = (

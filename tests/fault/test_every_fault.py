@@ -193,7 +193,6 @@ def test_a_store_that_is_cut_under_a_run_ends_it_by_name(workplace: Path, tmp_pa
     assert [fault["kind"] for fault in read_lines(tmp_path / "runs" / "tiny" / "faults.jsonl")] == ["bad_batch"]
 
 
-@pytest.mark.long
 def test_without_a_second_holder_no_flipped_bit_could_be_found(workplace: Path) -> None:
     code, output = run_to_end(workplace, 2, "--run.name", "flipped", *inject("flip_parameter", step=3))
     assert code == 2

@@ -88,7 +88,6 @@ def test_the_stop_file_stops_once(workplace: Path, whole: Path) -> None:
         start.until(lambda: last_step(run) > stopped_at)
 
 
-@pytest.mark.long
 def test_the_time_limit_stops_too(workplace: Path) -> None:
     run = workplace / "runs" / "limit"
     command = (

@@ -10,7 +10,6 @@ from engine.fault.stragglers import OwnTime, slowness
 from tests.runs import Processes, last_step, make_workplace
 
 
-@pytest.mark.long
 def test_a_slow_rank_is_named_once(tmp_path: Path) -> None:
     workplace = make_workplace(tmp_path)
     run = workplace / "runs" / "slow"

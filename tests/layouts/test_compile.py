@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs.check import resolve
 from configs.errors import ConfigError
-from configs.schema import Config, RecomputeConfig
+from configs.schema import CompileConfig, Config, RecomputeConfig
 from engine.compiler import check_compiled_context
 from engine.pipelined import check_schedule
 from models.llama import Llama
@@ -73,7 +73,7 @@ def named(mode: str, parallel: dict[str, Any], backend: str, *marks: pytest.Mark
 )
 def test_compiled_blocks_train_the_eager_run_by_one_graph(mode: str, parallel: dict[str, Any], backend: str) -> None:
     if {"schedule", "cp"} & parallel.keys() and is_refused(a_config(mode, True, **parallel)):
-        return
+        pytest.skip(f"refused under torch {torch.__version__}, see test_pipeline.py and test_compiler.py")
     eager = train_on(2, a_config("none", False, **parallel))
     found = run_ranks(2, train_and_count, a_config(mode, True, **parallel), backend, timeout_s=300)
     # The block, without and with gradients; and the cross entropy of a whole and of a last, shorter chunk.

@@ -156,8 +156,8 @@ def test_compiled_halves_are_refused_where_torch_gets_them_wrong(monkeypatch: py
             check_schedule(compiled(schedule))
         assert caught.value.problems == [
             f"parallel.schedule = '{schedule}': can't run compiled blocks under torch {torch.__version__} (its weight "
-            "pass is wrong for functions that have a backward of their own; torch 2.12 has it mended). Install torch "
-            "2.12 or newer, or use the schedule 1F1B or Interleaved1F1B."
+            "pass is wrong for functions that have a backward of their own; torch 2.13 has it mended). Install torch "
+            "2.13 or newer, or use the schedule 1F1B or Interleaved1F1B."
         ]
         check_schedule(compiled(schedule, blocks=False))
     check_schedule(compiled("1F1B"))
@@ -165,7 +165,7 @@ def test_compiled_halves_are_refused_where_torch_gets_them_wrong(monkeypatch: py
     with pytest.raises(ConfigError, match=r"can't run adapter\.members under torch "):
         check_schedule(replace(compiled(V[0], blocks=False), adapter=several))
     monkeypatch.undo()
-    assert gives_each_result_its_gradient() == (torch.__version__ >= "2.12")  # compared as versions
+    assert gives_each_result_its_gradient() == (torch.__version__ >= "2.13")  # compared as versions
 
 
 MODEL = ModelConfig(

@@ -149,22 +149,24 @@ def test_pytest_fails_a_decorated_test_with_the_ranks_traceback(tmp_path: Path) 
 class _EndsWhenAsked:
     """A process that is seen alive once and has ended by the next question."""
 
-    def __init__(self) -> None:
+    def __init__(self, code: int) -> None:
+        self.code = code
         self.codes = [None]
         self.sentinel = 7
 
     @property
     def exitcode(self) -> int | None:
-        return self.codes.pop() if self.codes else 0
+        return self.codes.pop() if self.codes else self.code
 
 
+@pytest.mark.parametrize(("code", "problem"), [(0, ""), (3, "rank 0 of 1 exited with 3 after it returned")])
 def test_a_rank_that_ends_between_two_questions_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, problem: str
 ) -> None:
     """A wait for nothing would last until the deadline, and be told as a hang."""
     awaited: list[list[object]] = []
     monkeypatch.setattr("tests.ranks.wait", lambda busy, timeout: awaited.append(list(busy)))
-    process = _EndsWhenAsked()
+    process = _EndsWhenAsked(code)
     rank = Rank(0, process, None, values=[1], started=True, closed=True)  # type: ignore[arg-type]
-    assert _watch([rank], 20.0, tmp_path) == ""
+    assert _watch([rank], 20.0, tmp_path) == problem
     assert awaited == [[process.sentinel]]

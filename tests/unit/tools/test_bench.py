@@ -101,3 +101,14 @@ def test_a_layout_that_does_not_fit_is_one_message() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: parallel.tp = 2: must divide model.vocab_size = 97")
+
+
+@pytest.mark.parametrize("what", [[], ["layouts"]], ids=["one process", "layouts"])
+def test_float8_that_would_be_emulated_is_not_measured(what: list[str]) -> None:
+    given = [{"fp32": "bf16", "97": "96"}.get(word, word) for word in TINY]
+    layouts = ["--layouts", "dp_shard=2"] if what else []
+    command = [sys.executable, "tools/bench.py", *what, "configs/bench.toml", *given, *layouts]
+    command += ["--precision.float8", "tensorwise"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith("error: precision.float8 = 'tensorwise': needs a GPU of compute capability")

@@ -88,7 +88,6 @@ def test_what_can_not_be_rehearsed_is_refused_at_once(tmp_path: Path, capsys: py
     assert not list((tmp_path / "out").glob("output-*")), "nothing was started"
 
 
-@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
 def test_a_sigterm_ends_it_with_all_that_it_has_started(tmp_path: Path) -> None:
     out = tmp_path / "out"
